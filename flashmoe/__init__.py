@@ -1,0 +1,32 @@
+"""FlashMoE: run Mixture-of-Experts models that are larger than your memory.
+
+Public names load on first use, so that `flashmoe --help` needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashmoe.api import LLM, Chat, Generation, Piece
+    from flashmoe.errors import FlashMoEError
+    from flashmoe.sampler import SamplingParams
+    from flashmoe.stats import GenerationStats
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "Chat", "FlashMoEError", "Generation", "GenerationStats", "Piece", "SamplingParams"]
+
+_HOMES = {
+    "LLM": "flashmoe.api",
+    "Chat": "flashmoe.api",
+    "Generation": "flashmoe.api",
+    "Piece": "flashmoe.api",
+    "FlashMoEError": "flashmoe.errors",
+    "SamplingParams": "flashmoe.sampler",
+    "GenerationStats": "flashmoe.stats",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'flashmoe' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

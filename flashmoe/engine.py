@@ -1,0 +1,69 @@
+"""Prefill and decode: token ids in, logits out, reusing the KV cache of what went before."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from flashmoe.budget import PREFILL_CHUNK
+from flashmoe.decoder import Decoder
+from flashmoe.errors import ContextError
+
+
+class Engine:
+    """One sequence. `tokens` are the ids whose keys and values are in the KV cache."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.tokens: list[int] = []
+
+    @property
+    def context(self) -> int:
+        return self.decoder.kv_cache.context
+
+    @property
+    def is_full(self) -> bool:
+        """No further token fits in the context."""
+        return len(self.tokens) >= self.context
+
+    def reuse(self, prompt: Sequence[int]) -> int:
+        """Keep what the KV cache shares with `prompt`, at most all but its last token; returns how many tokens.
+
+        Raises ContextError for an empty prompt or one longer than the context.
+        """
+        if not prompt:
+            raise ContextError("the prompt has no tokens; give at least one word")
+        if len(prompt) > self.context:
+            raise ContextError(
+                f"the prompt has {len(prompt)} tokens, the context holds {self.context};"
+                " shorten it, start afresh with /reset, or give a larger --context"
+            )
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(self.tokens, prompt, strict=False)) if a != b),
+            min(len(self.tokens), len(prompt)),
+        )
+        shared = min(shared, len(prompt) - 1)
+        self.decoder.kv_cache.truncate(shared)
+        del self.tokens[shared:]
+        return shared
+
+    def prefill(self, new_tokens: Sequence[int], check: Callable[[], None] | None = None) -> Tensor:
+        """Run `new_tokens` behind the KV cache in chunks -> logits [V] of the last one.
+
+        `check` is called before every layer and may raise to stop; finished chunks stay in the KV cache.
+        """
+        for begin in range(0, len(new_tokens), PREFILL_CHUNK):
+            chunk = new_tokens[begin : begin + PREFILL_CHUNK]
+            logits = self.decoder.forward(chunk, check=check)
+            self.tokens += chunk
+        return logits
+
+    def decode_one_token(self, token_id: int, check: Callable[[], None] | None = None) -> Tensor:
+        """Run the token sampled last -> logits [V] of the next one."""
+        logits = self.decoder.forward([token_id], check=check)
+        self.tokens.append(token_id)
+        return logits
+
+    def reset(self) -> None:
+        """Forget the sequence; resident experts stay."""
+        self.decoder.kv_cache.truncate(0)
+        self.tokens.clear()

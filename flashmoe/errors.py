@@ -1,0 +1,40 @@
+"""What can go wrong on the user's side of the runtime.
+
+    FlashMoEError
+    ├── ConfigError      an option or a config.json that cannot be used
+    ├── ModelError       a checkpoint or its numbers that cannot be used
+    ├── BudgetError      a RAM budget that cannot work
+    ├── TokenizerError   tokenizer.json or the chat template
+    ├── ContextError     more tokens than the context holds
+    └── DemoModelError   the demo model cannot be built
+
+`storage.storage_errors.StorageError` is the tree of the package below; `cli.py` catches both.
+"""
+
+
+class FlashMoEError(Exception):
+    """Anything a user, a file or a drive caused; its text is one line that says what to do next."""
+
+
+class ConfigError(FlashMoEError):
+    """An option, or a value in config.json, that cannot be used."""
+
+
+class ModelError(FlashMoEError):
+    """A checkpoint that is not the model its config describes, or logits that are not numbers."""
+
+
+class BudgetError(FlashMoEError):
+    """A RAM budget that cannot be read, or cannot hold the model's smallest working set."""
+
+
+class TokenizerError(FlashMoEError):
+    """A tokenizer file or chat template that is missing or cannot be used."""
+
+
+class ContextError(FlashMoEError):
+    """A prompt longer than the context."""
+
+
+class DemoModelError(FlashMoEError):
+    """The demo model cannot be built: missing base weights, a full disk, a file that was changed."""

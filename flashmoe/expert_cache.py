@@ -1,0 +1,251 @@
+"""The expert cache: where policy, storage and memory meet.
+
+A fixed number of equal slots holds whole experts. An event (one layer of one step) asks for its experts; resident
+ones are served at once while the others are read, and those are served as they arrive. What an event needs is never
+a victim of the same event. Knows nothing about tokens, attention or the arithmetic of experts.
+"""
+
+import queue
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from cache_policies.policy import CachePolicy
+from flashmoe.weights import ExpertId, ExpertLayout
+from kernels.expert_ffn import ExpertWeights
+from storage.expert_reader import ExpertReader, ReadPlan
+from storage.host import allocate_aligned
+from storage.read_queue import Completion, ReadQueue
+
+# Slots a prefill layer may take from other layers to have reads under way while it has none of its own to reuse.
+PREFILL_READS_AHEAD = 4
+
+
+@dataclass(slots=True)
+class CacheCounters:
+    """What the cache did so far; subtract two snapshots for a span of work. Bytes as int, time in seconds."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    stall_s: float = 0.0  # time the computation waited for reads
+    stall_bytes: int = 0  # bytes that arrived during that time
+
+    def snapshot(self) -> "CacheCounters":
+        return CacheCounters(*(getattr(self, f.name) for f in fields(self)))
+
+    def __sub__(self, other: "CacheCounters") -> "CacheCounters":
+        return CacheCounters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(slots=True)
+class _Resident:
+    slot: int
+    weights: ExpertWeights
+
+
+class ExpertCache:
+    """`slots` experts in memory, the rest on the drive. Not thread-safe; one computation at a time."""
+
+    def __init__(
+        self,
+        experts: Mapping[ExpertId, ExpertLayout],
+        plans: Mapping[ExpertId, ReadPlan],
+        hidden_size: int,
+        width: int,
+        reader: ExpertReader,
+        reads: ReadQueue,
+        policy: CachePolicy,
+        slots: int,
+    ) -> None:
+        self.slots, self.policy, self.counters = slots, policy, CacheCounters()
+        self._experts, self._plans = experts, plans
+        self._shapes = ((width, hidden_size), (width, hidden_size), (hidden_size, width))
+        self._reader, self._reads = reader, reads
+        self._buffers = _slot_buffers(slots, max(p.slot_bytes for p in plans.values()), reader.in_place)
+        self._free = list(range(slots - 1, -1, -1))
+        self._evictable: dict[ExpertId, _Resident] = {}
+        self._held: dict[ExpertId, _Resident] = {}  # residents that the current event needs
+        self._in_flight: dict[ExpertId, int] = {}  # expert -> slot that its bytes go to
+        self._layer_residents: dict[int, int] = {layer: 0 for layer, _ in experts}
+        self._done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
+
+    @property
+    def resident(self) -> frozenset[ExpertId]:
+        """The experts in memory."""
+        return frozenset(self._evictable) | frozenset(self._held)
+
+    def fetch(
+        self, layer: int, routed: Sequence[int], weights: Sequence[float]
+    ) -> Iterator[tuple[int, ExpertWeights]]:
+        """One decode event: yield (expert, its weights) for each routed expert, hits first, then as reads finish.
+
+        The weights are valid until the next expert is asked for. Raises ReadError when the drive fails; the cache
+        stays usable.
+        """
+        self._settle()
+        self.policy.step(layer, routed, weights)
+        missing = []
+        for expert in routed:
+            resident = self._evictable.pop((layer, expert), None)
+            if resident is None:
+                missing.append((layer, expert))
+            else:
+                self._held[layer, expert] = resident
+        hits = list(self._held.items())
+        self.counters.hits += len(hits)
+        self.counters.misses += len(missing)
+        self._make_room(len(missing))
+        for key in missing:
+            self._submit(key)
+        try:
+            for key, resident in hits:
+                yield key[1], resident.weights
+            while self._in_flight:
+                key = self._arrival()
+                yield key[1], self._held[key].weights
+        finally:
+            self._settle()
+
+    def observe(self, layer: int, routed: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]) -> None:
+        """Show the policy the tokens of a prefill chunk, in order: routed and weights are [T, K]."""
+        for ids, w in zip(routed, weights, strict=True):
+            self.policy.step(layer, ids, w)
+
+    def stream(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, ExpertWeights]]:
+        """One prefill event: yield every expert of a chunk once, reading ahead.
+
+        `experts`: each once, those that the chunk's last tokens use at the end. They stay; the others pass through
+        slots of this same layer, so that a long prompt does not wash out what decoding will need elsewhere. The
+        layer ends with its share of the slots, or what it had before if that was more.
+        """
+        self._settle()
+        share = max(self.slots // len(self._layer_residents), self._layer_residents[layer])
+        keep = {(layer, expert) for expert in experts[max(0, len(experts) - share) :]}
+        keys = [(layer, expert) for expert in experts]
+        ready = deque(key for key in keys if key in self._evictable)
+        pending = deque(key for key in keys if key not in self._evictable)
+        for key in ready:
+            self._held[key] = self._evictable.pop(key)
+        self.counters.hits += len(ready)
+        self.counters.misses += len(pending)
+        passing: set[ExpertId] = set()  # served, not kept: their slots may be reused at once
+        kept: list[ExpertId] = []  # served, kept, held until the end
+        try:
+            while ready or pending or self._in_flight:
+                while pending and self._room_for_stream(passing, kept, bool(ready)):
+                    self._submit(pending.popleft())
+                key = ready.popleft() if ready else self._arrival()
+                yield key[1], self._held[key].weights
+                if key in keep:
+                    kept.append(key)
+                else:
+                    self._evictable[key] = self._held.pop(key)
+                    passing.add(key)
+            self._trim(layer, share, passing)
+        finally:
+            self._settle()
+
+    def close(self) -> None:
+        """Stop reading and give the memory back."""
+        self._settle()
+        self._reads.close()
+        self._evictable.clear()
+        self._buffers.clear()
+        self._reader.close()
+
+    def _room_for_stream(self, passing: set[ExpertId], kept: list[ExpertId], more_ready: bool) -> bool:
+        """See that a free slot exists for the next read of a prefill layer, if one may be had now."""
+        if self._free:
+            return True
+        if passing:
+            victim = self.policy.victims(passing, 1)[0]
+            passing.discard(victim)
+            self._evict(victim)
+            return True
+        if self._evictable and len(self._in_flight) < PREFILL_READS_AHEAD:
+            self._make_room(1)
+            return True
+        if not self._in_flight and not more_ready and kept:  # a budget of a few slots: even what should stay goes
+            key = kept.pop(0)
+            self._evictable[key] = self._held.pop(key)
+            self._evict(key)
+            return True
+        return False
+
+    def _trim(self, layer: int, share: int, passing: set[ExpertId]) -> None:
+        """Bring the layer back to its share of the slots, the policy choosing among what passed through."""
+        over = min(self._layer_residents[layer] - share, len(passing))
+        if over > 0:
+            for victim in self.policy.victims(passing, over):
+                self._evict(victim)
+
+    def _make_room(self, slots: int) -> None:
+        """Evict until `slots` are free. What the current event needs is held, so it cannot be chosen."""
+        lacking = slots - len(self._free)
+        if lacking > 0:
+            for victim in self.policy.victims(self._evictable.keys(), lacking):
+                self._evict(victim)
+
+    def _evict(self, key: ExpertId) -> None:
+        slot = self._evictable.pop(key).slot  # drops the tensors before their memory is given away
+        self._layer_residents[key[0]] -= 1
+        self._reader.release(self._plans[key])
+        self._free.append(slot)
+
+    def _submit(self, key: ExpertId) -> None:
+        slot = self._free.pop()
+        self._in_flight[key] = slot
+        self._reads.submit(key, self._plans[key], self._buffers[slot], self._done)
+
+    def _arrival(self) -> ExpertId:
+        """Wait for the next read; its expert becomes resident and held."""
+        begin, before = time.perf_counter(), self._reads.bytes_read
+        completion = self._done.get()
+        self.counters.stall_s += time.perf_counter() - begin
+        self.counters.stall_bytes += self._reads.bytes_read - before
+        return self._take(completion)
+
+    def _take(self, completion: Completion) -> ExpertId:
+        key: ExpertId = completion.tag
+        slot = self._in_flight.pop(key)
+        self.counters.bytes_read += completion.read_bytes
+        if completion.views is None:
+            self._free.append(slot)
+            assert completion.error is not None
+            raise completion.error
+        dtype = self._experts[key].dtype
+        tensors = (
+            torch.frombuffer(view, dtype=dtype).view(shape)
+            for view, shape in zip(completion.views, self._shapes, strict=True)
+        )
+        self._held[key] = _Resident(slot, ExpertWeights(*tensors))
+        self._layer_residents[key[0]] += 1
+        self.policy.inserted(key)
+        return key
+
+    def _settle(self) -> None:
+        """End an event, also one that an error or Ctrl-C cut short: no read in flight, nothing held."""
+        interrupt: KeyboardInterrupt | None = None
+        while self._in_flight:  # a slot must not be reused while a read still writes to it
+            try:
+                self._take(self._done.get())
+            except KeyboardInterrupt as error:
+                interrupt = error
+            except Exception:  # the event's first error is on its way up already; this expert is just not resident
+                continue
+        self._evictable.update(self._held)
+        self._held.clear()
+        if interrupt is not None:
+            raise interrupt
+
+
+def _slot_buffers(slots: int, slot_bytes: int, in_place: bool) -> list[memoryview | None]:
+    """One aligned memoryview a slot; none where the reader serves its own mapping."""
+    if in_place:
+        return [None] * slots
+    arena = memoryview(allocate_aligned(slots * slot_bytes))
+    return [arena[i * slot_bytes : (i + 1) * slot_bytes] for i in range(slots)]

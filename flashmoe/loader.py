@@ -1,0 +1,136 @@
+"""Open a checkpoint, plan the budget, and bring the model up: everything between a folder and an `Engine`.
+
+`open_model` reads headers only, so `flashmoe plan` costs no weights; `load_engine` allocates what the plan says.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cache_policies.registry import make_policy
+from flashmoe.budget import BudgetPlan, Sizes, plan_budget
+from flashmoe.config import ModelConfig, RunConfig, load_model_config
+from flashmoe.decoder import Decoder
+from flashmoe.engine import Engine
+from flashmoe.errors import ConfigError
+from flashmoe.expert_cache import ExpertCache
+from flashmoe.sizes import parse_size
+from flashmoe.tokenizer import Tokenizer
+from flashmoe.weights import CheckpointLayout, ExpertId, load_dense
+from storage import host
+from storage.checkpoint import open_checkpoint
+from storage.drive_probe import ProbeResult, probe
+from storage.expert_reader import ReadPlan, open_reader, plan_read
+from storage.read_queue import ReadQueue
+
+READERS = ("direct", "buffered", "mmap")
+PROBED_EXPERTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A checkpoint whose headers, config and tokenizer have been read and checked; no weights yet."""
+
+    folder: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    layout: CheckpointLayout
+    read_plans: dict[ExpertId, ReadPlan]
+
+    @property
+    def slot_bytes(self) -> int:
+        return max(plan.slot_bytes for plan in self.read_plans.values())
+
+    @property
+    def model_bytes(self) -> int:
+        return sum(self.layout.checkpoint.shard_bytes)
+
+
+def open_model(folder: Path) -> OpenedModel:
+    """Read and check everything but the weights. Raises ConfigError, ModelError, TokenizerError, CheckpointError."""
+    config = load_model_config(folder)
+    tokenizer = Tokenizer(folder)
+    layout = CheckpointLayout(open_checkpoint(folder), config)
+    shard_bytes = layout.checkpoint.shard_bytes
+    plans = {key: plan_read(expert.extents, shard_bytes) for key, expert in layout.experts.items()}
+    return OpenedModel(folder, config, tokenizer, layout, plans)
+
+
+def plan_model(model: OpenedModel, run: RunConfig) -> BudgetPlan:
+    """What `run.ram_budget` buys for this model, in this process as it stands."""
+    process = host.rss_bytes()
+    available = host.memory_limit().available_bytes + process
+    sizes = Sizes(
+        process_bytes=process,
+        dense_bytes=model.layout.dense_bytes,
+        slot_bytes=model.slot_bytes,
+        expert_bytes=max(plan.expert_bytes for plan in model.read_plans.values()),
+        experts=len(model.read_plans),
+        available_bytes=available,
+    )
+    budget = parse_size(run.ram_budget, free_bytes=available)
+    return plan_budget(model.config, sizes, budget, run.context)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """An engine ready for tokens, and what was measured on the way."""
+
+    engine: Engine
+    cache: ExpertCache
+    probed: ProbeResult
+    dense_load_s: float
+
+
+def load_engine(
+    model: OpenedModel, plan: BudgetPlan, run: RunConfig, progress: Callable[[str, int, int], None] | None = None
+) -> LoadedEngine:
+    """Probe the drive, read the dense weights, allocate KV cache and slots. `progress(what, done, total)` in bytes."""
+    try:
+        policy = make_policy(run.policy, seed=run.seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    paths, shard_bytes = model.layout.checkpoint.shards, model.layout.checkpoint.shard_bytes
+    sample = random.Random(run.seed).sample(list(model.read_plans.values()), min(PROBED_EXPERTS, plan.experts))
+    probed = probe(paths, shard_bytes, sample, _readers(run.reader))
+    begin = time.perf_counter()
+    weights = load_dense(model.layout, _progress_of_bytes(progress, model.layout.dense_read_bytes))
+    dense_load_s = time.perf_counter() - begin
+    reader = open_reader(probed.reader, paths, shard_bytes)
+    cache = ExpertCache(
+        model.layout.experts,
+        model.read_plans,
+        model.config.hidden_size,
+        model.config.moe_intermediate_size,
+        reader,
+        ReadQueue(reader),
+        policy,
+        plan.slots,
+    )
+    engine = Engine(Decoder(model.config, weights, cache, plan.context))
+    return LoadedEngine(engine, cache, probed, dense_load_s)
+
+
+def _readers(chosen: str) -> Sequence[str]:
+    return READERS if chosen == "auto" else (chosen,)
+
+
+def _progress_of_bytes(
+    progress: Callable[[str, int, int], None] | None, total: int
+) -> Callable[[int], None] | None:
+    if progress is None:
+        return None
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress("loading dense weights", done, total)
+
+    return advance
