@@ -20,7 +20,8 @@ from storage.expert_reader import ExpertReader, ReadPlan
 from storage.host import allocate_aligned
 from storage.read_queue import Completion, ReadQueue
 
-# Slots a prefill layer may take from other layers to have reads under way while it has none of its own to reuse.
+# Slots that a prefill layer above its share may take from other layers to keep reads under way: few, and never more
+# than a sixteenth of all.
 PREFILL_READS_AHEAD = 4
 
 
@@ -70,7 +71,11 @@ class ExpertCache:
         self._evictable: dict[ExpertId, _Resident] = {}
         self._held: dict[ExpertId, _Resident] = {}  # residents that the current event needs
         self._in_flight: dict[ExpertId, int] = {}  # expert -> slot that its bytes go to
-        self._layer_residents: dict[int, int] = {layer: 0 for layer, _ in experts}
+        self._layer_keys: dict[int, list[ExpertId]] = {}
+        for key in experts:
+            self._layer_keys.setdefault(key[0], []).append(key)
+        self._layer_residents = dict.fromkeys(self._layer_keys, 0)
+        self._prefill_reads_ahead = max(1, min(PREFILL_READS_AHEAD, slots // 16))
         self._done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
 
     @property
@@ -118,7 +123,7 @@ class ExpertCache:
     def stream(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, ExpertWeights]]:
         """One prefill event: yield every expert of a chunk once, reading ahead.
 
-        `experts`: each once, those that the chunk's last tokens use at the end. They stay; the others pass through
+        `experts`: each once, those that the chunk's last tokens use at the end. These stay; the others pass through
         slots of this same layer, so that a long prompt does not wash out what decoding will need elsewhere. The
         layer ends with its share of the slots, or what it had before if that was more.
         """
@@ -132,11 +137,11 @@ class ExpertCache:
             self._held[key] = self._evictable.pop(key)
         self.counters.hits += len(ready)
         self.counters.misses += len(pending)
-        passing: set[ExpertId] = set()  # served, not kept: their slots may be reused at once
-        kept: list[ExpertId] = []  # served, kept, held until the end
+        kept: list[ExpertId] = []  # served and to stay: held until the end
+        spare = {key for key in self._layer_keys[layer] if key in self._evictable}  # of this layer, may go
         try:
             while ready or pending or self._in_flight:
-                while pending and self._room_for_stream(passing, kept, bool(ready)):
+                while pending and self._room_for_stream(layer, share, spare, [] if ready else kept):
                     self._submit(pending.popleft())
                 key = ready.popleft() if ready else self._arrival()
                 yield key[1], self._held[key].weights
@@ -144,8 +149,10 @@ class ExpertCache:
                     kept.append(key)
                 else:
                     self._evictable[key] = self._held.pop(key)
-                    passing.add(key)
-            self._trim(layer, share, passing)
+                    spare.add(key)
+            surplus = min(self._layer_residents[layer] - share, len(spare))
+            for victim in self.policy.victims(spare, surplus) if surplus > 0 else ():
+                self._evict(victim)
         finally:
             self._settle()
 
@@ -157,31 +164,27 @@ class ExpertCache:
         self._buffers.clear()
         self._reader.close()
 
-    def _room_for_stream(self, passing: set[ExpertId], kept: list[ExpertId], more_ready: bool) -> bool:
-        """See that a free slot exists for the next read of a prefill layer, if one may be had now."""
+    def _room_for_stream(self, layer: int, share: int, spare: set[ExpertId], kept: list[ExpertId]) -> bool:
+        """See that a slot is free for the next read of a prefill layer; False: not before another expert is served.
+
+        A layer below its share takes slots from anywhere. Above, it reuses its own `spare` ones, and takes a few
+        more from others only to keep reads under way. `kept` is given up when there is no other way on.
+        """
         if self._free:
             return True
-        if passing:
-            victim = self.policy.victims(passing, 1)[0]
-            passing.discard(victim)
+        below_share = self._layer_residents[layer] + len(self._in_flight) < share
+        if spare and not below_share:
+            victim = self.policy.victims(spare, 1)[0]
+            spare.discard(victim)
             self._evict(victim)
-            return True
-        if self._evictable and len(self._in_flight) < PREFILL_READS_AHEAD:
+        elif self._evictable and (below_share or len(self._in_flight) < self._prefill_reads_ahead):
             self._make_room(1)
-            return True
-        if not self._in_flight and not more_ready and kept:  # a budget of a few slots: even what should stay goes
+            spare &= self._evictable.keys()
+        elif kept and not self._in_flight:  # a budget of a few slots
             key = kept.pop(0)
             self._evictable[key] = self._held.pop(key)
             self._evict(key)
-            return True
-        return False
-
-    def _trim(self, layer: int, share: int, passing: set[ExpertId]) -> None:
-        """Bring the layer back to its share of the slots, the policy choosing among what passed through."""
-        over = min(self._layer_residents[layer] - share, len(passing))
-        if over > 0:
-            for victim in self.policy.victims(passing, over):
-                self._evict(victim)
+        return bool(self._free)
 
     def _make_room(self, slots: int) -> None:
         """Evict until `slots` are free. What the current event needs is held, so it cannot be chosen."""

@@ -1,0 +1,40 @@
+"""Build an engine over a checkpoint folder without tokenizer, probe or plan: for tests of the arithmetic."""
+
+from pathlib import Path
+
+from cache_policies.registry import make_policy
+from flashmoe.config import load_model_config
+from flashmoe.decoder import Decoder
+from flashmoe.engine import Engine
+from flashmoe.expert_cache import ExpertCache
+from flashmoe.weights import CheckpointLayout, load_dense
+from storage.checkpoint import open_checkpoint
+from storage.expert_reader import open_reader, plan_read
+from storage.read_queue import ReadQueue
+
+
+def build_engine(
+    folder: Path, *, slots: int | None = None, policy: str = "lru", reader: str = "buffered", context: int = 512
+) -> Engine:
+    """`slots` None: every expert has one."""
+    config = load_model_config(folder)
+    layout = CheckpointLayout(open_checkpoint(folder), config)
+    checkpoint = layout.checkpoint
+    plans = {key: plan_read(e.extents, checkpoint.shard_bytes) for key, e in layout.experts.items()}
+    opened = open_reader(reader, checkpoint.shards, checkpoint.shard_bytes)
+    cache = ExpertCache(
+        layout.experts, plans, config.hidden_size, config.moe_intermediate_size,
+        opened, ReadQueue(opened), make_policy(policy), slots or len(plans),
+    )  # fmt: skip
+    return Engine(Decoder(config, load_dense(layout), cache, context))
+
+
+def greedy(engine: Engine, prompt: list[int], new_tokens: int) -> list[int]:
+    """Greedy continuation, without sampler or end of text."""
+    shared = engine.reuse(prompt)
+    logits = engine.prefill(prompt[shared:])
+    out = [int(logits.argmax())]
+    while len(out) < new_tokens:
+        logits = engine.decode_one_token(out[-1])
+        out.append(int(logits.argmax()))
+    return out
