@@ -5,7 +5,7 @@
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,8 @@ from storage.drive_probe import ProbeResult, probe
 from storage.expert_reader import ReadPlan, open_reader, plan_read
 from storage.read_queue import ReadQueue
 
-READERS = ("direct", "buffered", "mmap")
+# What `auto` chooses from. Not mmap: its pages are the system's to take back, so it keeps a budget only by luck.
+AUTO_READERS = ("direct", "buffered")
 PROBED_EXPERTS = 64
 
 
@@ -98,7 +99,7 @@ def load_engine(
         torch.set_num_threads(run.threads)
     paths, shard_bytes = model.layout.checkpoint.shards, model.layout.checkpoint.shard_bytes
     sample = random.Random(run.seed).sample(list(model.read_plans.values()), min(PROBED_EXPERTS, plan.experts))
-    probed = probe(paths, shard_bytes, sample, _readers(run.reader))
+    probed = probe(paths, shard_bytes, sample, AUTO_READERS if run.reader == "auto" else (run.reader,))
     begin = time.perf_counter()
     weights = load_dense(model.layout, _progress_of_bytes(progress, model.layout.dense_read_bytes))
     dense_load_s = time.perf_counter() - begin
@@ -115,10 +116,6 @@ def load_engine(
     )
     engine = Engine(Decoder(model.config, weights, cache, plan.context))
     return LoadedEngine(engine, cache, probed, dense_load_s)
-
-
-def _readers(chosen: str) -> Sequence[str]:
-    return READERS if chosen == "auto" else (chosen,)
 
 
 def _progress_of_bytes(

@@ -69,8 +69,8 @@ def _all_but_headroom(free_bytes: int) -> int:
     headroom = max(AUTO_HEADROOM_BYTES, int(free_bytes * AUTO_HEADROOM_SHARE))
     if free_bytes <= headroom:
         raise BudgetError(
-            f"auto leaves {format_bytes(headroom)} to the system, but only {format_bytes(free_bytes)} are free;"
-            " end other programs or give a size such as 2G"
+            f"auto leaves {format_bytes(headroom)} to the system, but only {format_bytes(free_bytes)}"
+            " are free; end other programs or give a size such as 2G"
         )
     return free_bytes - headroom
 
@@ -78,7 +78,8 @@ def _all_but_headroom(free_bytes: int) -> int:
 def _known(free_bytes: int | None, word: str) -> int:
     if free_bytes is None:
         raise BudgetError(
-            f"{word} needs to know how much memory is free, and this system does not tell; give a size such as 16G"
+            f"{word} needs to know how much memory is free, and this system does not tell;"
+            " give a size such as 16G"
         )
     return free_bytes
 

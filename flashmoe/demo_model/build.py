@@ -1,4 +1,4 @@
-"""Build smolmoe into a folder: check the inputs, write the weights, then the small files, then the folder's name.
+"""Build smolmoe into a folder: check the inputs, write weights, then small files, then give it its name.
 
 `flashmoe.demo_model.build_demo_model` is the way in.
 """
@@ -55,7 +55,10 @@ def is_complete(folder: Path) -> bool:
 
 
 def write_model(folder: Path, base: BaseModel, delta: Delta, progress: Progress | None = None) -> None:
-    """Write all of smolmoe's files into an existing folder. Raises OSError or StorageError, a full disk included."""
+    """Write all of smolmoe's files into an existing folder.
+
+    Raises OSError or StorageError, before the first byte where the disk has no room for all of them.
+    """
     config = model_config(base, delta)
     specs = mixtral_specs(config)
     weights = SmolmoeWeights(base, delta)

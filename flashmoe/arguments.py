@@ -1,0 +1,118 @@
+"""The command line: which commands and options there are. Imports nothing heavy: `--help` answers at once."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import flashmoe
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+LARGEST_COUNT = 10_000_000
+
+
+class _PolicyNames:
+    """The registry's names, looked up when `--policy` or its help is used: the registry needs numpy."""
+
+    def __iter__(self) -> Iterator[str]:
+        from cache_policies.registry import POLICY_NAMES
+
+        return iter(POLICY_NAMES)
+
+    def __contains__(self, name: object) -> bool:
+        return name in tuple(self)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parses to a namespace with `command`, a name, and `parser`, to complain about usage with."""
+    parser = argparse.ArgumentParser(
+        prog="flashmoe",
+        description="Run Mixture-of-Experts models that are larger than your memory.",
+        epilog="flashmoe COMMAND --help lists a command's options.",
+    )
+    parser.add_argument("--version", action="version", version=f"flashmoe {flashmoe.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_run(commands)
+    _add_plan(commands)
+    _add_bench(commands)
+    return parser
+
+
+def _add_run(commands: "Commands") -> None:
+    parser = _add_command(commands, "run", "chat with a model in the terminal, or answer one prompt")
+    add = parser.add_argument
+    add("--prompt", type=_text, metavar="TEXT",
+        help="answer this on stdout and leave; - reads it from stdin, as happens where stdin is no terminal")
+    add("--system", type=_text, metavar="TEXT", help="system prompt")
+    add("--raw", action="store_true", help="continue the prompt as plain text, without chat template")
+    _add_running_options(parser)
+    add = parser.add_argument_group("sampling", "defaults: the model's generation_config.json").add_argument
+    add("--temperature", type=float, metavar="T", help="0 is greedy")
+    add("--top-p", type=float, metavar="P", help="only the likeliest tokens that reach P together; 1: all")
+    add("--top-k", type=int, metavar="K", help="only the K likeliest tokens; 0: all")
+    add("--min-p", type=float, metavar="P", help="only tokens at least P times as likely as the likeliest")
+    add("--repetition-penalty", type=float, metavar="R", help="1 is none")
+    add("--seed", type=int, metavar="N", help="the same seed gives the same answers")
+    add("--stop", type=_text, action="append", metavar="TEXT", help="end before TEXT; may be repeated")
+    add("--max-tokens", type=int, metavar="N", help="end an answer after N tokens")
+    add = parser.add_argument_group("figures").add_argument
+    add("--stats-json", type=Path, metavar="FILE", help="write each answer's figures, one JSON object a line")
+    add("--per-token", action="store_true", help="with --stats-json: the figures of every token, too")
+
+
+def _add_plan(commands: "Commands") -> None:
+    parser = _add_command(commands, "plan", "show what a RAM budget buys, without loading the weights")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _add_bench(commands: "Commands") -> None:
+    parser = _add_command(commands, "bench", "measure prefill and decode speed against what the drive allows")
+    _add_running_options(parser)
+    add = parser.add_argument
+    add("--prompt-tokens", type=_counts, default=[512], metavar="N,…", help="lengths of prompt (default: 512)")
+    add("--decode-tokens", type=_counts, default=[128], metavar="N,…", help="tokens to decode (default: 128)")
+    add("--repeat", type=_count, default=3, metavar="N", help="repetitions of each test (default: 3)")
+    add("--prompts", type=Path, metavar="FILE", help="text to run through, .txt or .jsonl (default: our own)")
+    add("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
+
+
+def _add_command(commands: "Commands", name: str, summary: str) -> argparse.ArgumentParser:
+    """A command with the options that all have."""
+    parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    parser.set_defaults(command=name, parser=parser)
+    add = parser.add_argument
+    add("--model", metavar="PATH",
+        help="folder of safetensors or Hugging Face repo id (default: the demo model, built on first use)")
+    add("--ram-budget", default="auto", metavar="SIZE",
+        help="RAM for the whole process: 16G, 16GB, 80%% of what is free, auto (default: auto)")
+    add("--context", type=int, metavar="N", help="tokens of conversation (default: what fits)")
+    add("--quiet", action="store_true", help="neither plan nor speed on stderr")
+    add("-v", "--verbose", action="store_true", help="also what was measured and decided at start")
+    return parser
+
+
+def _add_running_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--policy", choices=_PolicyNames(), default="lru", metavar="NAME",
+        help="which expert leaves when another needs its slot: %(choices)s (default: lru)")
+    add("--reader", choices=("auto", "direct", "buffered", "mmap"), default="auto",
+        help="how experts are read (default: auto, the fastest on this drive)")
+    add("--threads", type=int, metavar="N", help="threads that compute (default: one a core)")
+
+
+def _text(value: str) -> str:
+    """Bytes of the command line that are not UTF-8 become replacement characters."""
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _count(value: str) -> int:
+    if not (value.isascii() and value.isdigit() and len(value) < 20 and 0 < int(value) <= LARGEST_COUNT):
+        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number from 1 to {LARGEST_COUNT}")
+    return int(value)
+
+
+def _counts(value: str) -> list[int]:
+    """`128` or `128,512`"""
+    return [_count(part) for part in value.split(",")]

@@ -1,0 +1,214 @@
+"""Measure prefill and decode speed, named as llama-bench names them: `pp512` runs a prompt of 512 tokens,
+`tg128` decodes 128 tokens one by one.
+
+Decoding follows a given text instead of sampling, so that every policy and budget sees the same tokens and
+none ends early. Each repetition goes on in the text where the last one ended and starts with an empty KV cache,
+but finds resident what the one before left: the very first starts cold, the others warm. Prints nothing.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import flashmoe
+from flashmoe.bench_text import TokenText
+from flashmoe.budget import BudgetPlan
+from flashmoe.loader import LoadedEngine, OpenedModel
+from flashmoe.sizes import format_bytes
+from storage import host
+
+DECODE_PREFIX = 64  # tokens of prompt before decoding is timed
+COLUMNS = ("model", "size", "budget", "policy", "reader", "test", "t/s", "min–max", "hit rate", "MB/token",
+           "stall", "bound t/s", "of bound")  # fmt: skip
+_DERIVED = ("tokens_per_s", "hit_rate", "mb_per_token", "stall_share", "stall_mb_per_s", "bound_tokens_per_s",
+            "share_of_bound")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Repetition:
+    """One timed run of `tokens` tokens. Stall: time the computation waited for reads."""
+
+    tokens: int
+    seconds: float
+    hits: int
+    misses: int
+    bytes_read: int
+    stall_s: float
+    stall_bytes: int
+    drive_mb_per_s: float  # as probed at start
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 0.0
+
+    @property
+    def mb_per_token(self) -> float:
+        return self.bytes_read / self.tokens / 1e6
+
+    @property
+    def stall_share(self) -> float:
+        return self.stall_s / self.seconds
+
+    @property
+    def stall_mb_per_s(self) -> float:
+        """How fast experts arrived while the computation waited, MB/s."""
+        return self.stall_bytes / self.stall_s / 1e6 if self.stall_s else 0.0
+
+    @property
+    def bound_tokens_per_s(self) -> float:
+        """If reading and computing overlapped perfectly: tokens / max(compute, bytes read / drive speed)."""
+        return self.tokens / max(self.seconds - self.stall_s, self.bytes_read / (self.drive_mb_per_s * 1e6))
+
+    @property
+    def share_of_bound(self) -> float:
+        return self.tokens_per_s / self.bound_tokens_per_s
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {name: getattr(self, name) for name in _DERIVED}
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """One test and its repetitions, in the order in which they ran."""
+
+    name: str
+    repetitions: tuple[Repetition, ...]
+
+    def median(self, figure: str) -> float:
+        """Of any figure of a repetition, by name."""
+        return statistics.median(self._values(figure))
+
+    def spread(self, figure: str) -> tuple[float, float]:
+        """(least, most)"""
+        values = self._values(figure)
+        return min(values), max(values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Medians under their own names, and every repetition."""
+        medians = {name: self.median(name) for name in _DERIVED}
+        return {"test": self.name, **medians, "repetitions": [r.as_dict() for r in self.repetitions]}
+
+    def _values(self, figure: str) -> list[float]:
+        return [getattr(repetition, figure) for repetition in self.repetitions]
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A model brought up to be measured."""
+
+    name: str
+    model: OpenedModel
+    plan: BudgetPlan
+    loaded: LoadedEngine
+
+    def run(
+        self,
+        text: TokenText,
+        prompt_tokens: Sequence[int],
+        decode_tokens: Sequence[int],
+        repeat: int,
+        progress: Callable[[str], None] = lambda what: None,
+    ) -> Iterator[BenchResult]:
+        """Run each test `repeat` times; `progress` is told of each repetition before it begins.
+
+        Raises ContextError when a test is longer than the context, StorageError when the drive fails.
+        """
+        tests = [(f"pp{n}", n, self._prefill) for n in prompt_tokens]
+        tests += [(f"tg{n}", DECODE_PREFIX + n, self._decode) for n in decode_tokens]
+        for name, length, measure in tests:
+            repetitions = []
+            for number in range(repeat):
+                progress(f"{name}, {number + 1} of {repeat}")
+                self.loaded.engine.reset()
+                repetitions.append(measure(text.take(length)))
+            yield BenchResult(name, tuple(repetitions))
+
+    def bound_line(self) -> str:
+        """The ceiling, before anything is measured: what the drive gives if every expert has to be read."""
+        p, probed = self.plan, self.loaded.probed
+        cycle_bytes = p.token_cycle_experts * p.expert_bytes
+        least = probed.read_mb_per_s * 1e6 / cycle_bytes
+        return (
+            f"drive {probed.read_mb_per_s:.0f} MB/s ({probed.reader}), {p.token_cycle_experts} experts of"
+            f" {p.expert_bytes / 1e6:.2f} MB a token = {cycle_bytes / 1e6:.0f} MB: {least:.2f} t/s without a hit;"
+            f" {p.slots} of {p.experts} experts fit, context {p.context}, {torch.get_num_threads()} threads"
+        )
+
+    def row(self, result: BenchResult) -> tuple[str, ...]:
+        """For people, under COLUMNS."""
+        least, most = result.spread("tokens_per_s")
+        return (
+            self.name,
+            format_bytes(self.model.model_bytes),
+            format_bytes(self.plan.budget_bytes),
+            self.loaded.cache.policy.name,
+            self.loaded.probed.reader,
+            result.name,
+            f"{result.median('tokens_per_s'):.2f}",
+            f"{least:.2f}–{most:.2f}",
+            f"{result.median('hit_rate'):.1%}",
+            f"{result.median('mb_per_token'):.1f}",
+            f"{result.median('stall_share'):.0%}",
+            f"{result.median('bound_tokens_per_s'):.2f}",
+            f"{result.median('share_of_bound'):.0%}",
+        )
+
+    def as_dict(self, results: Sequence[BenchResult]) -> dict[str, Any]:
+        """For programs: what was measured, with what, and how much memory it took."""
+        return {
+            "version": flashmoe.__version__,
+            "model": self.name,
+            "model_type": self.model.config.model_type,
+            "model_bytes": self.model.model_bytes,
+            "policy": self.loaded.cache.policy.name,
+            "threads": torch.get_num_threads(),
+            "dense_load_s": self.loaded.dense_load_s,
+            "peak_rss_bytes": host.peak_rss_bytes(),
+            "probe": asdict(self.loaded.probed),
+            "plan": dict(self.plan.as_dict()),
+            "tests": [result.as_dict() for result in results],
+        }
+
+    def _prefill(self, tokens: list[int]) -> Repetition:
+        self.loaded.engine.reuse(tokens)
+        return self._timed(len(tokens), lambda: self.loaded.engine.prefill(tokens))
+
+    def _decode(self, tokens: list[int]) -> Repetition:
+        prefix, rest = tokens[:DECODE_PREFIX], tokens[DECODE_PREFIX:]
+        self.loaded.engine.reuse(prefix)
+        self.loaded.engine.prefill(prefix)
+
+        def steps() -> None:
+            for token in rest:
+                self.loaded.engine.decode_one_token(token)
+
+        return self._timed(len(rest), steps)
+
+    def _timed(self, tokens: int, work: Callable[[], object]) -> Repetition:
+        counters = self.loaded.cache.counters
+        before, begin = counters.snapshot(), time.perf_counter()
+        work()
+        seconds, spent = time.perf_counter() - begin, counters - before
+        return Repetition(
+            tokens=tokens,
+            seconds=seconds,
+            hits=spent.hits,
+            misses=spent.misses,
+            bytes_read=spent.bytes_read,
+            stall_s=spent.stall_s,
+            stall_bytes=spent.stall_bytes,
+            drive_mb_per_s=self.loaded.probed.read_mb_per_s,
+        )
+
+
+def context_for(prompt_tokens: Sequence[int], decode_tokens: Sequence[int]) -> int:
+    """The smallest context in which all tests fit, so that the budget goes to the experts."""
+    return max(16, *prompt_tokens, *(DECODE_PREFIX + n for n in decode_tokens))

@@ -1,0 +1,271 @@
+"""The commands: `flashmoe run`, `plan` and `bench`. The only place that turns errors into exit codes.
+
+0: done. 1: a FlashMoEError or StorageError, as one line on stderr. 2: wrong usage. 130: Ctrl-C. 141: whoever
+read our output has gone. Anything else is a bug and keeps its traceback. Heavy imports come after parsing.
+"""
+
+import argparse
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashmoe.arguments import build_parser
+from flashmoe.errors import ConfigError, FlashMoEError
+from flashmoe.screen import Screen
+from storage.storage_errors import StorageError
+
+if TYPE_CHECKING:
+    from flashmoe.api import LLM
+    from flashmoe.budget import BudgetPlan
+    from flashmoe.loader import OpenedModel
+    from flashmoe.stats_file import StatsFile
+
+EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 128 + 2, 128 + 13  # as a shell reports SIGINT and SIGPIPE
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "max_tokens")
+FULL = "--context N holds more"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code. SystemExit after wrong usage, `--help` and `--version`."""
+    try:
+        return _run_command(build_parser().parse_args(argv))
+    finally:
+        _settle_stdout()
+
+
+def _run_command(arguments: argparse.Namespace) -> int:
+    if arguments.verbose:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    screen = Screen(sys.stdout, sys.stderr, arguments.quiet)
+    try:
+        return COMMANDS[arguments.command](arguments, screen)
+    except BrokenPipeError:
+        return EXIT_PIPE_CLOSED
+    except (FlashMoEError, StorageError) as error:
+        screen.error(error)
+        return 1
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+# Commands
+
+
+def run(arguments: argparse.Namespace, screen: Screen) -> int:
+    """Chat in the terminal, or answer one prompt."""
+    _check_run_usage(arguments)
+    from flashmoe.api import LLM
+    from flashmoe.progress_bar import progress_bar
+    from flashmoe.sampler import SamplingParams
+    from flashmoe.stats_file import StatsFile
+
+    sampling = {name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None}
+    SamplingParams.from_generation_config({}, **sampling)  # a bad value should not wait for the model to load
+    prompt = _read_prompt(arguments)
+    with StatsFile(arguments.stats_json, arguments.per_token) as stats_file:
+        with progress_bar() as progress:
+            llm = LLM(
+                arguments.model,
+                ram_budget=arguments.ram_budget,
+                policy=arguments.policy,
+                reader=arguments.reader,
+                context=arguments.context,
+                threads=arguments.threads,
+                progress=progress,
+            )
+        with llm:
+            _show_plan(llm.plan, screen)
+            if arguments.verbose:
+                _show_probe(llm, screen)
+            if prompt is None:
+                return _chat(arguments, screen, llm, sampling, stats_file)
+            return _answer(arguments, screen, llm, prompt, sampling, stats_file)
+
+
+def plan(arguments: argparse.Namespace, screen: Screen) -> int:
+    """What the budget buys, without loading the weights."""
+    from flashmoe.config import RunConfig
+    from flashmoe.loader import plan_model
+
+    model = _open(arguments)
+    bought = plan_model(model, RunConfig(arguments.ram_budget, context=arguments.context))
+    for warning in bought.warnings:
+        screen.say(f"warning: {warning}")
+    facts = {
+        "model": _model_name(arguments.model),
+        "model_type": model.config.model_type,
+        "model_bytes": model.model_bytes,
+        "layers": model.config.num_hidden_layers,
+        "top_k": model.config.num_experts_per_tok,
+    }
+    if arguments.json:
+        screen.write(json.dumps(facts | dict(bought.as_dict())) + "\n")
+        return 0
+    from flashmoe.sizes import format_bytes
+
+    size, experts = format_bytes(model.model_bytes), model.config.num_experts
+    screen.write(
+        f"{facts['model']}: {facts['model_type']}, {size}, {facts['layers']} layers, {experts} experts,"
+        f" top-{facts['top_k']}\n{_table(bought.rows())}\n"
+    )
+    return 0
+
+
+def bench(arguments: argparse.Namespace, screen: Screen) -> int:
+    """Measure prefill and decode. The table goes to stdout, or to stderr when stdout is to carry JSON."""
+    from flashmoe.bench import COLUMNS, Bench, context_for
+    from flashmoe.bench_text import BUILT_IN_TEXT, TokenText, read_prompts
+    from flashmoe.config import RunConfig
+    from flashmoe.loader import load_engine, plan_model
+    from flashmoe.progress_bar import progress_bar
+
+    texts = [BUILT_IN_TEXT] if arguments.prompts is None else read_prompts(arguments.prompts)
+    tests = arguments.prompt_tokens, arguments.decode_tokens
+    context = arguments.context or context_for(*tests)
+    run_config = RunConfig(
+        arguments.ram_budget, arguments.policy, arguments.reader, context, arguments.threads
+    )
+    model = _open(arguments)
+    text = TokenText(model.tokenizer, texts)
+    bought = plan_model(model, run_config)
+    _show_plan(bought, screen)
+    with progress_bar() as progress:
+        loaded = load_engine(model, bought, run_config, progress)
+    try:
+        measured = Bench(_model_name(arguments.model), model, bought, loaded)
+        show = screen.say if arguments.json else lambda lines: screen.write(lines + "\n")
+        show(measured.bound_line())
+        results = list(measured.run(text, *tests, arguments.repeat, screen.remark))
+        show(_table([COLUMNS, *(measured.row(result) for result in results)], " | "))
+        show("medians; the first repetition starts with empty slots, later ones with what it left behind")
+        if arguments.json:
+            screen.write(json.dumps(measured.as_dict(results)) + "\n")
+    finally:
+        loaded.cache.close()
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, Screen], int]] = {"run": run, "plan": plan, "bench": bench}
+
+
+# Parts of the commands
+
+
+def _chat(
+    arguments: argparse.Namespace,
+    screen: Screen,
+    llm: "LLM",
+    sampling: dict[str, Any],
+    stats_file: "StatsFile",
+) -> int:
+    from platformdirs import user_state_path
+
+    from flashmoe.terminal_chat import HINT, TerminalChat, open_prompt
+
+    chat = TerminalChat(llm.chat(arguments.system, **sampling), screen, stats_file.write)
+    history = user_state_path("flashmoe", appauthor=False) / "chat_history"
+    screen.remark(HINT)
+    chat.run(open_prompt(history, screen).prompt)
+    return 0
+
+
+def _answer(
+    arguments: argparse.Namespace,
+    screen: Screen,
+    llm: "LLM",
+    prompt: str,
+    sampling: dict[str, Any],
+    stats_file: "StatsFile",
+) -> int:
+    from flashmoe.stats import GenerationStats
+    from flashmoe.terminal_chat import give_answer
+
+    if arguments.raw:
+        raw_stats = GenerationStats()
+        continuing = partial(llm.stream, prompt, stats=raw_stats, **sampling)
+        stats = give_answer(screen, continuing, lambda: raw_stats, stats_file.write, FULL)
+    else:
+        chat = llm.chat(arguments.system, **sampling)
+        stats = give_answer(screen, partial(chat.stream, prompt), lambda: chat.stats, stats_file.write, FULL)
+    return EXIT_INTERRUPTED if stats.finish_reason == "cancelled" else 0
+
+
+def _open(arguments: argparse.Namespace) -> "OpenedModel":
+    from flashmoe.loader import open_model
+    from flashmoe.model_source import find_model
+    from flashmoe.progress_bar import progress_bar
+
+    with progress_bar() as progress:
+        return open_model(find_model(arguments.model, progress))
+
+
+def _model_name(model: str | None) -> str:
+    """What the user called it, without the way to it."""
+    if model is None:
+        return "smolmoe"
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model
+
+
+def _show_plan(bought: "BudgetPlan", screen: Screen) -> None:
+    screen.remark(_table(bought.rows()))
+    for warning in bought.warnings:
+        screen.remark(f"warning: {warning}")
+
+
+def _show_probe(llm: "LLM", screen: Screen) -> None:
+    for reader, speed in llm.probed.measurements.items():
+        screen.remark(f"probe: {reader} {speed:.0f} MB/s")
+    for note in llm.probed.notes:
+        screen.remark(f"probe: {note}")
+    screen.remark(f"policy {llm.expert_cache.policy.name}, reader {llm.probed.reader}")
+    screen.remark(f"dense weights loaded in {llm.dense_load_s:.2f} s")
+
+
+def _table(rows: Sequence[Sequence[str]], between: str = "  ") -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (between.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _check_run_usage(arguments: argparse.Namespace) -> None:
+    """Options that say nothing together are wrong usage: exits with 2."""
+    parser: argparse.ArgumentParser = arguments.parser
+    if arguments.per_token and arguments.stats_json is None:
+        parser.error("--per-token adds to --stats-json FILE, which is missing")
+    if arguments.raw and arguments.system is not None:
+        parser.error("--raw continues the prompt alone: it has no place for --system")
+    if arguments.raw and arguments.prompt is None and sys.stdin is not None and sys.stdin.isatty():
+        parser.error("--raw continues a text: give it with --prompt")
+
+
+def _read_prompt(arguments: argparse.Namespace) -> str | None:
+    """--prompt, or all of stdin where that is asked for or no terminal; None: chat."""
+    if arguments.prompt not in (None, "-"):
+        return str(arguments.prompt)
+    if sys.stdin is None:
+        raise ConfigError("stdin is closed; give the message with --prompt")
+    if arguments.prompt is None and sys.stdin.isatty():
+        return None
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    text = sys.stdin.read().removesuffix("\n")
+    if not text.strip():
+        raise ConfigError("stdin holds no text; give the message with --prompt")
+    return text
+
+
+def _settle_stdout() -> None:
+    """Flush, or else see that the interpreter does not try again at exit and complain."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,63 @@
+"""The promise: policy, reader and budget change when bytes arrive, never what is computed. Bits are compared."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from engines import build_engine
+from tiny_models import make_tiny_checkpoint
+
+from cache_policies.registry import POLICY_NAMES
+from flashmoe.budget import PREFILL_CHUNK
+from flashmoe.engine import Engine
+
+FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe")
+PROMPT = [(7 * i * i + 3 * i) % 89 for i in range(PREFILL_CHUNK + 60)]  # more than one chunk
+TURNS = (PROMPT[:5], PROMPT[5:], [11, 12, 13])
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("tiny")
+    make_tiny_checkpoint(made, family=request.param)
+    return made
+
+
+def conversation(engine: Engine) -> torch.Tensor:
+    """All logits of a conversation of three prompts with eight greedy tokens after each."""
+    tokens: list[int] = []
+    seen = []
+    for turn in TURNS:
+        tokens += turn
+        logits = engine.prefill(tokens[engine.reuse(tokens) :])
+        for _ in range(8):
+            seen.append(logits)
+            tokens.append(int(logits.argmax()))
+            logits = engine.decode_one_token(tokens[-1])
+        seen.append(logits)
+    engine.decoder.experts.close()
+    return torch.stack(seen)
+
+
+@pytest.fixture(scope="module")
+def all_resident(folder: Path) -> torch.Tensor:
+    return conversation(build_engine(folder, context=2048))
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+def test_every_policy_gives_the_same_bits(folder: Path, all_resident: torch.Tensor, policy: str) -> None:
+    assert torch.equal(conversation(build_engine(folder, slots=7, policy=policy, context=2048)), all_resident)
+
+
+@pytest.mark.parametrize("slots", [2, 3, 13])  # of 24; two is top-k: the smallest workable
+def test_every_budget_gives_the_same_bits(folder: Path, all_resident: torch.Tensor, slots: int) -> None:
+    assert torch.equal(conversation(build_engine(folder, slots=slots, context=2048)), all_resident)
+
+
+@pytest.mark.parametrize("reader", ["direct", "buffered", "mmap"])
+def test_every_reader_gives_the_same_bits(folder: Path, all_resident: torch.Tensor, reader: str) -> None:
+    assert torch.equal(conversation(build_engine(folder, slots=5, reader=reader, context=2048)), all_resident)
+
+
+def test_the_size_of_the_context_does_not_change_the_bits(folder: Path, all_resident: torch.Tensor) -> None:
+    assert torch.equal(conversation(build_engine(folder, slots=5, context=700)), all_resident)
