@@ -84,7 +84,7 @@ def _add_command(commands: "Commands", name: str, summary: str) -> argparse.Argu
     parser.set_defaults(command=name, parser=parser)
     add = parser.add_argument
     add("--model", metavar="PATH",
-        help="folder of safetensors or Hugging Face repo id (default: the demo model, built on first use)")
+        help="folder of safetensors or Hugging Face repo id (default: the demo model, built once)")
     add("--ram-budget", default="auto", metavar="SIZE",
         help="RAM for the whole process: 16G, 16GB, 80%% of what is free, auto (default: auto)")
     add("--context", type=int, metavar="N", help="tokens of conversation (default: what fits)")

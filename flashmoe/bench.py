@@ -2,7 +2,7 @@
 `tg128` decodes 128 tokens one by one.
 
 Decoding follows a given text instead of sampling, so that every policy and budget sees the same tokens and
-none ends early. Each repetition goes on in the text where the last one ended and starts with an empty KV cache,
+none ends early. Each repetition goes on in the text where the last one ended. It starts with an empty KV cache
 but finds resident what the one before left: the very first starts cold, the others warm. Prints nothing.
 """
 
@@ -138,8 +138,8 @@ class Bench:
         least = probed.read_mb_per_s * 1e6 / cycle_bytes
         return (
             f"drive {probed.read_mb_per_s:.0f} MB/s ({probed.reader}), {p.token_cycle_experts} experts of"
-            f" {p.expert_bytes / 1e6:.2f} MB a token = {cycle_bytes / 1e6:.0f} MB: {least:.2f} t/s without a hit;"
-            f" {p.slots} of {p.experts} experts fit, context {p.context}, {torch.get_num_threads()} threads"
+            f" {p.expert_bytes / 1e6:.2f} MB a token = {cycle_bytes / 1e6:.1f} MB:"
+            f" {least:.2f} tokens/s without a hit; {p.slots} of {p.experts} experts fit, context {p.context}, {torch.get_num_threads()} threads"
         )
 
     def row(self, result: BenchResult) -> tuple[str, ...]:

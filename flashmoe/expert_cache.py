@@ -156,11 +156,16 @@ class ExpertCache:
         finally:
             self._settle()
 
+    def evict_all(self) -> None:
+        """Empty every slot, for a cold start; the policy keeps what it learnt."""
+        self._settle()
+        for key in list(self._evictable):
+            self._evict(key)
+
     def close(self) -> None:
         """Stop reading and give the memory back."""
-        self._settle()
+        self.evict_all()
         self._reads.close()
-        self._evictable.clear()
         self._buffers.clear()
         self._reader.close()
 

@@ -27,7 +27,7 @@ _LARGEST_TOKENIZER_BYTES = 256 * 2**20  # the largest we know of has 33 MB
 _LARGEST_CONFIG_BYTES = 16 * 2**20
 _LARGEST_TEMPLATE_BYTES = 2**20
 
-# Loop rounds and calls of one rendering. A chat of 1,000 messages takes a real template some 10,000.
+# Loop rounds and calls of one rendering; a chat of 1,000 messages takes one like Qwen3's 3,000.
 _MOST_TEMPLATE_STEPS = 1_000_000
 _MOST_TEMPLATE_CHARACTERS = 2**20  # on top of four times those of the messages
 
@@ -92,8 +92,7 @@ class StreamDecoder:
     """Decodes ids one at a time; the pieces join to what `Tokenizer.decode` gives for all of them.
 
     Only complete characters come out. Each decode includes the ids of the piece before, since a decoder may
-    treat the first token apart (sentencepiece drops its space); so the work for a token does not grow with
-    the text.
+    treat the first token apart (sentencepiece drops its space); the work per token does not grow.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -109,8 +108,7 @@ class StreamDecoder:
         if token is None:
             return ""
         self._pending.append(id)
-        # One invalid byte makes its whole run of byte tokens invalid, so the run must end before it is
-        # certain.
+        # One invalid byte makes its whole run of byte tokens invalid: the run must end before it is certain.
         if len(self._pending) < self._next_try or _BYTE_TOKEN.fullmatch(token):
             return ""
         text = self._pending_text()
@@ -161,7 +159,7 @@ class ChatTemplate:
                 pieces.append(piece)
                 characters += len(piece)
                 if characters > limit:
-                    raise _LimitExceeded(f"it wrote more than {limit} characters")
+                    raise LimitExceeded(f"it wrote more than {limit} characters")
         except _Refusal as error:
             raise TokenizerError(f"the chat template refuses these messages: {_printable(error)}") from error
         except Exception as error:  # a template can raise anything: it is a program
@@ -183,7 +181,7 @@ class _Refusal(jinja2.TemplateError):
     """The template called raise_exception."""
 
 
-class _LimitExceeded(jinja2.TemplateError):
+class LimitExceeded(jinja2.TemplateError):
     """The template runs or writes without end."""
 
 
@@ -239,7 +237,7 @@ class _TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def _spend(self, steps: int) -> None:
         self.steps_left -= steps
         if self.steps_left < 0:
-            raise _LimitExceeded(f"it takes more than {_MOST_TEMPLATE_STEPS} steps")
+            raise LimitExceeded(f"it takes more than {_MOST_TEMPLATE_STEPS} steps")
 
 
 def _to_json(

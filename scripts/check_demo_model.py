@@ -28,9 +28,17 @@ from flashmoe.demo_model.gguf_base import BaseModel, find_base
 
 QUESTION = "What is the capital of France?"
 SHARED_WITH_LLAMA = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "rms_norm_eps", "rope_parameters", "max_position_embeddings", "tie_word_embeddings",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_parameters",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
 CHARACTERS_PER_WINDOW_TOKEN = 12  # more than any text has: enough of a document to fill a window
 
 
@@ -87,16 +95,9 @@ def load(folder: Path) -> Any:
 
 def dense_model(base: BaseModel, config: dict[str, Any]) -> Any:
     """The base itself, as a float32 LlamaForCausalLM."""
-    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    shared += (
-        "head_dim",
-        "rms_norm_eps",
-        "rope_parameters",
-        "max_position_embeddings",
-        "tie_word_embeddings",
-    )
+    shared = {key: config[key] for key in SHARED_WITH_LLAMA}
     ffn_width = base.field("llama.feed_forward_length")
-    model = LlamaForCausalLM(LlamaConfig(**{key: config[key] for key in shared}, intermediate_size=ffn_width))
+    model: Any = LlamaForCausalLM(LlamaConfig(**shared, intermediate_size=ffn_width))
     weights = {"model.embed_tokens": base.tensor("token_embd.weight")}
     weights["model.norm"] = base.tensor("output_norm.weight")
     for layer in range(config["num_hidden_layers"]):

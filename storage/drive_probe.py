@@ -24,9 +24,7 @@ from storage.storage_errors import StorageError
 READERS = ("direct", "buffered", "mmap")
 PROBE_S = 0.36  # for all readers; opening files and closing the queues take the rest of 0.4 s
 IN_FLIGHT = 4  # experts asked for at once: enough for small ones too, which are one read each
-EXPERT_BYTES = (
-    16 << 20
-)  # of an expert larger than this the beginning is read: the drive is saturated long before
+EXPERT_BYTES = 16 << 20  # read of an expert at most: drives are saturated long before
 # Linux keeps a freshly written file in folios of up to 2 MiB and drops only whole ones: dropping just an
 # expert's range left 60 % of a 0.4 MB expert in memory, and the probe measured 4.3 GB/s on a drive of 2.
 FOLIO_BYTES = 2 << 20
@@ -104,18 +102,18 @@ def _read_for(
     """Read one expert alone, then keep IN_FLIGHT of them under way as long as they will be done in time."""
     deadline_s = time.perf_counter() + seconds
     done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
-    tags: dict[int, ReadPlan] = {}  # slot number -> the plan that is being read into it
+    reading: dict[int, ReadPlan] = {}  # slot number -> the plan that is being read into it
 
     def submit(slot: int) -> None:
-        tags[slot] = next(plans)
-        read_queue.submit(slot, tags[slot], slots[slot], done)
+        reading[slot] = next(plans)
+        read_queue.submit(slot, reading[slot], slots[slot], done)
 
     def collect() -> tuple[int, float]:
         completion = done.get()
         if completion.error is not None:
             raise completion.error
         assert isinstance(completion.tag, int)
-        reader.release(tags.pop(completion.tag))
+        reader.release(reading.pop(completion.tag))
         return completion.read_bytes, completion.seconds
 
     submit(0)
@@ -124,9 +122,9 @@ def _read_for(
     begin_s, total_bytes = time.perf_counter(), 0
     while True:
         for slot in range(len(slots)):
-            if slot not in tags and time.perf_counter() + (len(tags) + 1) * expert_s < deadline_s:
+            if slot not in reading and time.perf_counter() + (len(reading) + 1) * expert_s < deadline_s:
                 submit(slot)
-        if not tags:
+        if not reading:
             break
         total_bytes += collect()[0]
     together_mb_per_s = total_bytes / (time.perf_counter() - begin_s) / 1e6

@@ -31,6 +31,10 @@ MADV_POPULATE_READ = 22  # Linux 5.14
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
 F_NOCACHE = 48  # macOS
 
+# Linux cuts a longer hint off at the drive's read-ahead or request size, whichever is larger, and the rest
+# then comes in page by page: 4 MiB pieces at the stock read-ahead of 128 KiB fell from 1.1 GB/s to 0.2.
+WILL_NEED_BYTES = 128 << 10
+
 
 # Files
 
@@ -245,7 +249,8 @@ class MappedFile:
 
     def will_need(self, offset: int, nbytes: int) -> None:
         """Start reading a range in the background, if the system takes the hint."""
-        self._advise("MADV_WILLNEED", offset, nbytes)
+        for begin in range(offset, offset + nbytes, WILL_NEED_BYTES):
+            self._advise("MADV_WILLNEED", begin, min(WILL_NEED_BYTES, offset + nbytes - begin))
 
     def populate(self, offset: int, nbytes: int) -> bool:
         """Read a range and map it, outside the GIL; False where the system has no call for that.

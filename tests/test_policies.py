@@ -141,6 +141,14 @@ def test_residents_that_may_not_go_are_passed_over(name: str) -> None:
     assert candidates.issuperset(policy.victims(candidates, 3))
 
 
+@every_policy
+def test_candidates_never_reported_as_inserted_can_leave_all_the_same(name: str) -> None:
+    policy = make_policy(name)
+    policy.step(3, [20])
+    candidates = {(layer, expert) for layer in range(3) for expert in range(20)}
+    assert candidates == set(policy.victims(candidates, 60))
+
+
 def test_an_unknown_policy_is_refused_with_the_known_names() -> None:
     with pytest.raises(ValueError, match=r"unknown policy 'mru'; known are lru, lfu, lfru, fifo, random"):
         make_policy("mru")

@@ -253,8 +253,10 @@ def streamed(pieces: Sequence[str], stop: Sequence[str]) -> tuple[list[str], boo
 
 
 def test_text_up_to_a_stop_string_is_shown_and_nothing_after() -> None:
-    assert streamed(["Hello wor", "ld. STOP", " more", "."], ["STOP"]) == (["Hello wor", "ld. ", "", "", ""],
-    True)
+    assert streamed(["Hello wor", "ld. STOP", " more", "."], ["STOP"]) == (
+        ["Hello wor", "ld. ", "", "", ""],
+        True,
+    )
 
 
 def test_what_may_begin_a_stop_string_is_held_back_until_it_is_decided() -> None:

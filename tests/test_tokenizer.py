@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerFast
 from flashmoe.errors import TokenizerError
 from flashmoe.tokenizer import StreamDecoder, Tokenizer
 
-CORPUS = ["hello world, hello there", "the cat sat on the mat", "naïve café — 你好世界 🙂", "f(x)\n  return"] * 4
+CORPUS = ["hello world, hello there", "the cat sat on the mat", "naïve café — 你好 🙂", "f(x)\n  return"] * 4
 SPECIAL = ["<s>", "<|im_start|>", "<|im_end|>"]
 CHAT = [
     {"role": "system", "content": "You are terse."},
-    {"role": "user", "content": "Hello <there> & \"you\"\n"},
+    {"role": "user", "content": 'Hello <there> & "you"\n'},
     {"role": "assistant", "content": " Hi! 你好 🙂"},
     {"role": "user", "content": "Bye"},
 ]
@@ -276,9 +276,9 @@ def test_templates_give_what_transformers_gives(
     write_model(tmp_path, tokenizer_config={"chat_template": TEMPLATES[template], **TOKENS})
     fast: Any = PreTrainedTokenizerFast  # its constructor has no annotations
     theirs = fast(tokenizer_object=byte_level(), chat_template=TEMPLATES[template], **TOKENS)
-    assert Tokenizer(tmp_path).apply_chat_template(
-        chat, add_generation_prompt
-    ) == theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
+    assert Tokenizer(tmp_path).apply_chat_template(chat, add_generation_prompt) == theirs.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
 
 
 def chat_with(folder: Path, template: str, chat: list[dict[str, str]] = CHAT) -> str:
@@ -317,8 +317,8 @@ def test_a_template_cannot_reach_python(tmp_path: Path, template: str) -> None:
         "{% set n = range(9999)|list %}{% for a in n %}{% for b in n|map('int') %}{% endfor %}{% endfor %}",
         "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-        "{% set n = range(9999)|list %}{% for a in n recursive %}{% if loop.depth < 3 %}{{ loop(n) }}{% endif %}"
-        "{% endfor %}",
+        "{% set n = range(9999)|list %}"
+        "{% for a in n recursive %}{% if loop.depth < 3 %}{{ loop(n) }}{% endif %}{% endfor %}",
         "{% for a in range(99999) %}{{ 'a long line of text' }}{% endfor %}",
         "{{ lipsum(n=10**9) }}",
     ],
@@ -328,7 +328,7 @@ def test_a_template_without_end_is_stopped(tmp_path: Path, template: str) -> Non
         chat_with(tmp_path, template)
 
 
-@pytest.mark.parametrize("template", ["{% if %}", "{{ 1 / 0 }}", "{{ messages[99].content }}", "{{ nothing() }}"])
+@pytest.mark.parametrize("template", ["{% if %}", "{{ 1 / 0 }}", "{{ messages[99].content }}", "{{ no() }}"])
 def test_a_broken_template_is_an_error_only_when_used(tmp_path: Path, template: str) -> None:
     write_model(tmp_path, tokenizer_config={"chat_template": template})
     tokenizer = Tokenizer(tmp_path)

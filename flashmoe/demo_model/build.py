@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from flashmoe.demo_model import MODEL_NAME, MODEL_VERSION, Progress
@@ -15,7 +15,7 @@ from flashmoe.demo_model.hf_files import model_config, small_files
 from flashmoe.demo_model.new_folder import new_folder, write_synced
 from flashmoe.demo_model.weights import SmolmoeWeights, expert_of, mixtral_specs
 from flashmoe.errors import DemoModelError
-from storage.safetensors_writer import write_sharded
+from storage.safetensors_writer import TensorSpec, write_sharded
 from storage.storage_errors import StorageError
 
 DELTA = Path(__file__).with_name(delta_file.FILE_NAME)
@@ -62,8 +62,7 @@ def write_model(folder: Path, base: BaseModel, delta: Delta, progress: Progress 
     config = model_config(base, delta)
     specs = mixtral_specs(config)
     weights = SmolmoeWeights(base, delta)
-    total_bytes = sum(spec.nbytes for spec in specs)
-    data = _reporting(weights.bf16_bytes, total_bytes, progress or (lambda stage, done, total: None))
+    data = with_progress(weights.bf16_bytes, specs, f"building {MODEL_NAME}", progress)
     write_sharded(folder, specs, data, SHARD_BYTES, together=expert_of, metadata={"format": "pt"})
     for name, content in small_files(base, config).items():
         write_synced(folder / name, content)
@@ -72,23 +71,27 @@ def write_model(folder: Path, base: BaseModel, delta: Delta, progress: Progress 
     write_synced(folder / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
 
 
+def with_progress(
+    data: Callable[[str], memoryview], specs: Iterable[TensorSpec], what: str, progress: Progress | None
+) -> Callable[[str], memoryview]:
+    """`data` with `progress` called after each tensor of `specs`."""
+    if progress is None:
+        return data
+    total_bytes = sum(spec.nbytes for spec in specs)
+    done_bytes = 0
+
+    def reporting(name: str) -> memoryview:
+        nonlocal done_bytes
+        tensor = data(name)
+        done_bytes += len(tensor)
+        progress(what, done_bytes, total_bytes)
+        return tensor
+
+    return reporting
+
+
 def _refuse_other_content(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DemoModelError(
             f"{folder} exists and is not a complete smolmoe {MODEL_VERSION}; delete it or name another folder"
         )
-
-
-def _reporting(
-    data: Callable[[str], memoryview], total_bytes: int, progress: Progress
-) -> Callable[[str], memoryview]:
-    done_bytes = 0
-
-    def with_progress(name: str) -> memoryview:
-        nonlocal done_bytes
-        tensor = data(name)
-        done_bytes += len(tensor)
-        progress(f"building {MODEL_NAME}", done_bytes, total_bytes)
-        return tensor
-
-    return with_progress

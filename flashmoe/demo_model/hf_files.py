@@ -63,7 +63,7 @@ def generation_config(base: BaseModel) -> dict[str, Any]:
 
 
 def tokenizer(base: BaseModel) -> dict[str, Any]:
-    """tokenizer.json: byte-level BPE that splits digits one by one (`smollm` among llama.cpp's pre-tokenizers)."""
+    """tokenizer.json: byte-level BPE that splits digits one by one (in llama.cpp `smollm`)."""
     tokens: list[str] = base.field("tokenizer.ggml.tokens")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {

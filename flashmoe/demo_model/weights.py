@@ -84,7 +84,7 @@ class SmolmoeWeights:
         return self._dense(int(match[1]), match[2])
 
     def _expert(self, layer: int, expert: int, matrix: str) -> Float32:
-        """w1 = gate[n] + gB gA, w3 = up[n] + uB uA, w2 = (down[:, n] + dB dA) scale; n: the expert's neurons."""
+        """w1 = gate[n] + gB gA, w3 = up[n] + uB uA, w2 = (down[:, n] + dB dA) scale, of neurons n."""
         if layer != self._layer:
             self._enter(layer)
         neurons, corrections = self._neurons[expert], self._corrections
