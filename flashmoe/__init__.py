@@ -3,6 +3,7 @@
 Public names load on first use, so that `flashmoe --help` needs no torch.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,10 @@ if TYPE_CHECKING:
     from flashmoe.errors import FlashMoEError
     from flashmoe.sampler import SamplingParams
     from flashmoe.stats import GenerationStats
+
+# torch's OpenMP threads spin while they wait for each other. Beside reading threads, or any other busy program, the
+# one that others wait for is then not running: twenty times slower, measured (docs/log.md). Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Chat", "FlashMoEError", "Generation", "GenerationStats", "Piece", "SamplingParams"]

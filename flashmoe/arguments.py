@@ -71,9 +71,10 @@ def _add_bench(commands: "Commands") -> None:
     parser = _add_command(commands, "bench", "measure prefill and decode speed against what the drive allows")
     _add_running_options(parser)
     add = parser.add_argument
-    add("--prompt-tokens", type=_counts, default=[512], metavar="N,…", help="lengths of prompt (default: 512)")
-    add("--decode-tokens", type=_counts, default=[128], metavar="N,…", help="tokens to decode (default: 128)")
+    add("--prompt-tokens", type=_counts, default=[512], metavar="N,N", help="prompt lengths (default: 512)")
+    add("--decode-tokens", type=_counts, default=[128], metavar="N,N", help="tokens to decode (default: 128)")
     add("--repeat", type=_count, default=3, metavar="N", help="repetitions of each test (default: 3)")
+    add("--cold", action="store_true", help="empty the slots before each repetition")
     add("--prompts", type=Path, metavar="FILE", help="text to run through, .txt or .jsonl (default: our own)")
     add("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
 

@@ -2,8 +2,8 @@
 `tg128` decodes 128 tokens one by one.
 
 Decoding follows a given text instead of sampling, so that every policy and budget sees the same tokens and
-none ends early. Each repetition goes on in the text where the last one ended. It starts with an empty KV cache
-but finds resident what the one before left: the very first starts cold, the others warm. Prints nothing.
+none ends early. Each repetition goes on in the text where the last one ended. Its KV cache is empty when it
+starts; its slots hold what the one before left, unless `cold`. Prints nothing.
 """
 
 import statistics
@@ -115,9 +115,12 @@ class Bench:
         prompt_tokens: Sequence[int],
         decode_tokens: Sequence[int],
         repeat: int,
+        cold: bool = False,
         progress: Callable[[str], None] = lambda what: None,
     ) -> Iterator[BenchResult]:
         """Run each test `repeat` times; `progress` is told of each repetition before it begins.
+
+        `cold`: every repetition starts with empty slots; the policy keeps what it learnt.
 
         Raises ContextError when a test is longer than the context, StorageError when the drive fails.
         """
@@ -128,6 +131,8 @@ class Bench:
             for number in range(repeat):
                 progress(f"{name}, {number + 1} of {repeat}")
                 self.loaded.engine.reset()
+                if cold:
+                    self.loaded.cache.evict_all()
                 repetitions.append(measure(text.take(length)))
             yield BenchResult(name, tuple(repetitions))
 
@@ -139,7 +144,8 @@ class Bench:
         return (
             f"drive {probed.read_mb_per_s:.0f} MB/s ({probed.reader}), {p.token_cycle_experts} experts of"
             f" {p.expert_bytes / 1e6:.2f} MB a token = {cycle_bytes / 1e6:.1f} MB:"
-            f" {least:.2f} tokens/s without a hit; {p.slots} of {p.experts} experts fit, context {p.context}, {torch.get_num_threads()} threads"
+            f" {least:.2f} tokens/s without a hit; {p.slots} of {p.experts} experts fit, context {p.context},"
+            f" {torch.get_num_threads()} threads"
         )
 
     def row(self, result: BenchResult) -> tuple[str, ...]:

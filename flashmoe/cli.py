@@ -141,9 +141,10 @@ def bench(arguments: argparse.Namespace, screen: Screen) -> int:
         measured = Bench(_model_name(arguments.model), model, bought, loaded)
         show = screen.say if arguments.json else lambda lines: screen.write(lines + "\n")
         show(measured.bound_line())
-        results = list(measured.run(text, *tests, arguments.repeat, screen.remark))
+        results = list(measured.run(text, *tests, arguments.repeat, arguments.cold, screen.remark))
         show(_table([COLUMNS, *(measured.row(result) for result in results)], " | "))
-        show("medians; the first repetition starts with empty slots, later ones with what it left behind")
+        start = "every repetition starts" if arguments.cold else "the very first repetition starts"
+        show(f"medians; {start} with empty slots")
         if arguments.json:
             screen.write(json.dumps(measured.as_dict(results)) + "\n")
     finally:
@@ -216,7 +217,7 @@ def _model_name(model: str | None) -> str:
 def _show_plan(bought: "BudgetPlan", screen: Screen) -> None:
     screen.remark(_table(bought.rows()))
     for warning in bought.warnings:
-        screen.remark(f"warning: {warning}")
+        screen.say(f"warning: {warning}")
 
 
 def _show_probe(llm: "LLM", screen: Screen) -> None:

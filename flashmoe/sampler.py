@@ -120,7 +120,7 @@ class Sampler:
             scores = scores[ids]
         else:
             ids = torch.arange(self._vocab_size)
-        probabilities = ((scores - scores.max()) / params.temperature).softmax(0)  # [N]
+        probabilities = (scores / params.temperature).softmax(0)  # [N]
         if params.top_p < 1:
             kept = _top_p(probabilities, params.top_p)
             ids, probabilities = ids[kept], probabilities[kept]

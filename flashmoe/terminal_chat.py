@@ -105,8 +105,9 @@ def give_answer(
         record(get_stats(), failure)
     stats = get_stats()
     if note := finish_note(stats, remedy):
-        screen.remark(note)
-    screen.remark(stats.line())
+        screen.say(note)
+    if stats.token_ids:
+        screen.remark(stats.line())
     return stats
 
 
@@ -230,7 +231,7 @@ class TerminalChat:
             self._chat.save(Path(argument).expanduser())
         except (OSError, ValueError) as error:
             raise StorageError(f"cannot save to {argument}: {error}") from error
-        self._screen.say(f"{len(self._chat.messages)} messages saved to {argument}")
+        self._screen.say(f"saved to {argument}, {len(self._chat.messages)} messages")
 
 
 def open_prompt(
@@ -250,12 +251,12 @@ def open_prompt(
         os.close(os.open(history_file, os.O_CREAT | os.O_WRONLY, 0o600))  # what people ask is theirs alone
         history = FileHistory(str(history_file))
     except OSError as error:
-        screen.remark(f"warning: no history kept: {error}")
+        screen.say(f"warning: no history kept: {error}")
         history = InMemoryHistory()
     return PromptSession(
         ">>> ",
         multiline=True,
-        prompt_continuation="... ",
+        prompt_continuation=lambda width, line, wraps: "    " if wraps else "... ",
         key_bindings=_key_bindings(),
         history=history,
         input=input,

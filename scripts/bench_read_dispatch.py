@@ -1,6 +1,6 @@
 """Hand reads to the drive by asyncio with aiofiles or by plain threads? How many, in how large pieces?
 
-    python scripts/bench_read_dispatch.py [--file BIG_FILE | --scratch-folder FOLDER] [--pairs 7]
+    python -m scripts.bench_read_dispatch [--file BIG_FILE | --scratch-folder FOLDER] [--pairs 7]
 
 Both ways make the same direct reads (same random experts, pieces and threads) into the same aligned slots,
 one right after the other and in alternating order. Experts are asked for one at a time (a lone miss) or four

@@ -150,18 +150,17 @@ def widen(
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a Mixtral. Raises WidenError for anything else."""
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_bytes())
-        sizes = [config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")]
-        sizes.append(config["num_attention_heads"])
-        is_mixtral = config["model_type"] == "mixtral" and all(
-            type(size) is int and size > 0 for size in sizes
-        )
+        config: dict[str, Any] = json.loads(path.read_bytes())
+        if config["model_type"] != "mixtral":
+            raise WidenError(f"{path} has model_type {config['model_type']!r}; only mixtral can be widened")
+        for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if type(config[key]) is not int or config[key] < 1:
+                raise WidenError(f"{path}: {key} is {config[key]!r}, not a positive number")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WidenError(f"{folder / 'config.json'} cannot be used: {error!r}") from error
-    if not is_mixtral:
-        raise WidenError(f"{folder} has model_type {config['model_type']!r}; only mixtral can be widened")
-    return dict(config)
+        raise WidenError(f"{path} cannot be used: {error!r}") from error
+    return config
 
 
 def widened_config(config: dict[str, Any], widening: Widening, layers: int) -> dict[str, Any]:

@@ -94,13 +94,13 @@ def _open_shards(folder: Path, names: tuple[str, ...], weight_map: Mapping[str, 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
     """The index file's tensor name -> shard name, with every shard name a plain file name."""
-    try:
-        size = path.stat().st_size
+    with open_shard(path) as file:
+        size = file.size()
         if size > MAX_HEADER_BYTES:
             raise CheckpointError(f"{path}: index of {size} bytes is above the limit of {MAX_HEADER_BYTES}")
-        index = load_json(path, path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        text = bytearray(size)
+        read_exactly(file, text, 0)
+    index = load_json(path, text)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: no weight_map that names tensors and their shards")

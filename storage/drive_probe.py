@@ -112,7 +112,6 @@ def _read_for(
         completion = done.get()
         if completion.error is not None:
             raise completion.error
-        assert isinstance(completion.tag, int)
         reader.release(reading.pop(completion.tag))
         return completion.read_bytes, completion.seconds
 

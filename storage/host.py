@@ -203,7 +203,8 @@ def sync_folder(folder: Path) -> None:
         return
     fd = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with contextlib.suppress(OSError):  # some network file systems sync files but not folders
+            os.fsync(fd)
     finally:
         os.close(fd)
 

@@ -2,23 +2,25 @@
 
 Experts are read one after another, in the order in which they were asked for, each cut into pieces that
 several threads read at once: so the first expert arrives first, and the drive always has several reads in
-flight. Threads and not asyncio: the same reads through an event loop and its executor were no faster
-(scripts/bench_read_dispatch.py). Demand reads only; nothing is cancelled except by `close`.
+flight. Threads and not asyncio: through aiofiles' executor the same reads ran at the same speed for experts
+of 9 MB and at 0.75 of it for 0.4 MB (scripts/bench_read_dispatch.py). Demand reads only; nothing is
+cancelled except by `close`.
 """
 
 import queue
 import threading
 import time
-from collections.abc import Hashable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from storage.expert_reader import ExpertReader, ReadPlan, Run
 from storage.shard_file import PAGE_BYTES
 from storage.storage_errors import ReadError
 
 # scripts/bench_read_dispatch.py, drive of 2 GB/s, experts of 9 MB: with a free GIL, 2 or 4 threads and pieces
-# of 1 MiB up to whole experts differ by 5 %. Beside a thread that wants the GIL, larger pieces are faster
-# (2 MiB by 1.2 to 2 times over 1 MiB), but from 4 MiB on the first of four experts arrives almost twice as late.
+# of 1 MiB up to whole experts differ by no more than the noise. Beside a thread that wants the GIL, larger
+# pieces are faster (2 MiB 1.2 to 2.2 times as fast as 1 MiB), but from 4 MiB on the first of four experts
+# arrives 1.5 times as late. Experts of 0.4 MB, one piece each, want the 4 threads.
 THREADS = 4
 PIECE_BYTES = 2 << 20
 
@@ -26,7 +28,7 @@ PIECE_BYTES = 2 << 20
 class Completion(NamedTuple):
     """One expert has arrived, or will not."""
 
-    tag: Hashable  # what `submit` was given
+    tag: Any  # what `submit` was given
     views: tuple[memoryview, ...] | None  # the bytes of each extent in the plan's order; None after an error
     error: Exception | None
     read_bytes: int  # what the drive delivered
@@ -37,7 +39,7 @@ class _Request:
     """One submitted plan; its fields are guarded by the queue's lock."""
 
     def __init__(
-        self, tag: Hashable, plan: ReadPlan, slot: memoryview | None, done: "queue.SimpleQueue[Completion]"
+        self, tag: Any, plan: ReadPlan, slot: memoryview | None, done: "queue.SimpleQueue[Completion]"
     ) -> None:
         self.tag = tag
         self.plan = plan
@@ -80,7 +82,7 @@ class ReadQueue:
             thread.start()
 
     def submit(
-        self, tag: Hashable, plan: ReadPlan, slot: memoryview | None, done: "queue.SimpleQueue[Completion]"
+        self, tag: Any, plan: ReadPlan, slot: memoryview | None, done: "queue.SimpleQueue[Completion]"
     ) -> None:
         """Ask for one expert; exactly one Completion will be put on `done`, success or not.
 

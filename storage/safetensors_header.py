@@ -143,6 +143,8 @@ def _tensor_info(path: Path, name: str, entry: Any, shard: int, data_begin: int)
         raise CheckpointError(f"{where}: data_offsets are not [begin, end] with 0 <= begin <= end")
     begin, end = offsets
     needed = element_bytes(dtype, shape)
+    if needed is None:
+        raise CheckpointError(f"{where}: {dtype} {quote(str(shape))} is no possible number of bytes")
     if needed != end - begin:
         raise CheckpointError(
             f"{where}: {dtype} {quote(str(shape))} needs {needed} bytes, its offsets "

@@ -83,9 +83,11 @@ def write_sharded(
     paths = tuple(folder / f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1))
     total_bytes = sum(spec.nbytes for spec in tensors)
     _require_room(folder / INDEX_NAME, total_bytes)
+    written: list[Path] = []
     try:
         for path, specs in zip(paths, shards, strict=True):
             write_safetensors(path, specs, data, metadata, align)
+            written.append(path)
         weight_map = {
             spec.name: path.name for path, specs in zip(paths, shards, strict=True) for spec in specs
         }
@@ -95,7 +97,7 @@ def write_sharded(
         with _new_file(folder / INDEX_NAME, len(index)) as file:
             file.write(index)
     except BaseException:  # Ctrl-C too: shards without an index are no checkpoint
-        for path in paths:
+        for path in written:
             path.unlink(missing_ok=True)
         raise
     return paths

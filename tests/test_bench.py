@@ -101,7 +101,7 @@ def test_decoding_follows_the_text_and_its_prompt_is_not_counted():
 def test_progress_is_told_of_every_repetition():
     bench, _ = recording_bench()
     told: list[str] = []
-    list(bench.run(letters("abc"), [2], [1], 2, told.append))
+    list(bench.run(letters("abc"), [2], [1], 2, progress=told.append))
     assert told == ["pp2, 1 of 2", "pp2, 2 of 2", "tg1, 1 of 2", "tg1, 2 of 2"]
 
 
@@ -198,6 +198,8 @@ def test_a_run_over_a_model_counts_its_experts(tiny_model: Path):
         assert cold.misses > 0
         assert cold.bytes_read > 0
         assert warm.misses < cold.misses
+        [again] = bench.run(text, [32], [], repeat=2, cold=True)
+        assert [one.hits for one in again.repetitions] == [0, 0]
         layers, top_k = 3, 2
         for one in decode.repetitions:
             assert one.hits + one.misses == layers * top_k * 16

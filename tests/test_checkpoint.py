@@ -95,9 +95,9 @@ BAD_SHAPE = "shape is not a list of non-negative integers"
     [
         ({"a": entry("U8", [4], 0, 3)}, b"xxx", NOT_FILLED),
         ({"a": entry("BF16", [4], 0, 4)}, b"xxxx", NOT_FILLED),
-        ({"a": entry("F4", [3], 0, 1)}, b"x", "needs None bytes"),
-        ({"a": entry("U8", [2**32, 2**32], 0, 0)}, b"", "needs None bytes"),
-        ({"a": entry("U8", [2**62, 4, 0], 0, 0)}, b"", "needs None bytes"),
+        ({"a": entry("F4", [3], 0, 1)}, b"x", "is no possible number of bytes"),
+        ({"a": entry("U8", [2**32, 2**32], 0, 0)}, b"", "is no possible number of bytes"),
+        ({"a": entry("U8", [2**62, 4, 0], 0, 0)}, b"", "is no possible number of bytes"),
         ({"a": entry("U8", [-1], 0, 1)}, b"x", BAD_SHAPE),
         ({"a": entry("U8", [True], 0, 1)}, b"x", BAD_SHAPE),
         ({"a": entry("U8", [1.0], 0, 1)}, b"x", BAD_SHAPE),
@@ -163,8 +163,8 @@ def test_a_header_length_beyond_the_limit_is_refused_before_it_is_allocated(tmp_
 @pytest.mark.parametrize(
     "shard_name",
     [
-        "../model.safetensors", "/etc/model.safetensors", "sub/model.safetensors", "..\\model.safetensors",
-        "../model.safetensors", "/etc/model.safetensors", "sub/x.safetensors", "..\\model.safetensors",
+        "../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "..\\x.safetensors", "C:x.safetensors",
+        "model.bin", "..", "", "a\0.safetensors", "\x1b[2J.safetensors", 7, None, ["x.safetensors"],
     ],
 )  # fmt: skip
 def test_an_index_may_only_name_plain_safetensors_files(tmp_path: Path, shard_name: Any) -> None:
@@ -180,6 +180,13 @@ def test_an_index_without_a_weight_map_is_refused(tmp_path: Path, index: bytes) 
         open_checkpoint(tmp_path)
 
 
+def test_an_index_beyond_the_limit_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / INDEX_NAME).touch()
+    os.truncate(tmp_path / INDEX_NAME, 2**40)
+    with pytest.raises(CheckpointError, match="above the limit of 100000000"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write_index(tmp_path, {"a": "gone.safetensors"})
     with pytest.raises(CheckpointError, match=r"gone\.safetensors is missing"):
@@ -190,6 +197,10 @@ def test_a_tensor_that_its_shard_does_not_hold_is_named(tmp_path: Path) -> None:
     write_file(tmp_path / "one.safetensors", ONE_BYTE, b"a")
     write_index(tmp_path, {"a": "one.safetensors", "lost": "one.safetensors"})
     with pytest.raises(CheckpointError, match=r"tensor 'lost' is not in its shard one\.safetensors"):
+        open_checkpoint(tmp_path)
+    write_file(tmp_path / "two.safetensors", {"b": entry("U8", [1], 0, 1)}, b"b")
+    write_index(tmp_path, {"a": "two.safetensors", "b": "one.safetensors"})
+    with pytest.raises(CheckpointError, match=r"tensor 'a' is not in its shard two\.safetensors"):
         open_checkpoint(tmp_path)
 
 
@@ -213,8 +224,9 @@ def test_a_folder_without_safetensors_says_what_was_looked_for(tmp_path: Path) -
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_a_pipe_in_place_of_a_shard_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / SINGLE_NAME)
+@pytest.mark.parametrize("name", [SINGLE_NAME, INDEX_NAME])
+def test_a_pipe_in_place_of_a_file_is_refused_instead_of_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
     with pytest.raises(CheckpointError, match="is not a regular file"):
         open_checkpoint(tmp_path)
 

@@ -300,10 +300,20 @@ def test_reads_that_stop_early_are_continued(
 def test_the_mapping_works_where_the_system_can_not_populate(
     shards: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Then the file is read too, outside the GIL, so that touching the pages finds them in memory."""
+    offsets = []
+    read_at = host.PosixFile.read_at
+
+    def record(self: host.PosixFile, buffer: memoryview, offset: int) -> int:
+        offsets.append(offset)
+        return read_at(self, buffer, offset)
+
     monkeypatch.setattr(host.MappedFile, "populate", lambda self, offset, nbytes: False)
-    monkeypatch.setattr(expert_reader, "SCRATCH_BYTES", 2 * PAGE)
+    monkeypatch.setattr(host.PosixFile, "read_at", record)
+    monkeypatch.setattr(expert_reader, "SCRATCH_BYTES", 4 * PAGE)
     reader = open_reader("mmap", shards, SIZES)
     assert read_expert(reader, plan_read([Extent(0, 9, SIZES[0] - 9)], SIZES)) == [shards[0].read_bytes()[9:]]
+    assert offsets == [0, 4 * PAGE, 8 * PAGE]
     reader.close()
 
 
@@ -374,6 +384,15 @@ def test_no_reader_leaves_an_expert_in_the_page_cache(cold_shard: Path, name: st
         )
     reader.release(plan)
     assert cached_pages(cold_shard) == 0
+    reader.close()
+
+
+def test_touching_a_mapped_page_that_was_taken_back_reads_that_page_alone(cold_shard: Path) -> None:
+    sizes = (4 << 20,)
+    reader = open_reader("mmap", (cold_shard,), sizes)
+    (view,) = reader.views(plan_read([Extent(0, 1 << 20, 1 << 20)], sizes), None)
+    view[:1].tobytes()
+    assert cached_pages(cold_shard) == 1
     reader.close()
 
 

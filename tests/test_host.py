@@ -70,6 +70,12 @@ def test_both_kinds_of_file_read_the_same_bytes_from_many_threads(kind: type, le
         assert file.size() == 4 * 4096
 
 
+def test_every_thread_that_seeks_has_a_handle_of_its_own(letters: Path) -> None:
+    """With a shared one, another thread could seek away between this one's seek and its read."""
+    with host.SeekingFile(letters, False) as file, ThreadPoolExecutor(1) as pool:
+        assert file.fileno() == file.fileno() != pool.submit(file.fileno).result()
+
+
 def test_a_file_that_is_not_there_fails_at_opening(tmp_path: Path) -> None:
     for kind in (host.PosixFile, host.SeekingFile):
         with pytest.raises(FileNotFoundError):
@@ -257,6 +263,13 @@ def test_a_container_sees_its_own_cgroup_at_the_mount_point(system: FakeSystem) 
     system.mount_v1(root="/docker/0a1b")
     system.v1(".", 2 * GIB, usage=1 * GIB)
     assert system.limit().available_bytes == 1 * GIB
+
+
+def test_a_cgroup_inside_a_container_is_found_below_the_mount_point(system: FakeSystem) -> None:
+    system.join("4:memory:/docker/0a1b/chat")
+    system.mount_v1(root="/docker/0a1b")
+    system.v1("chat", 3 * GIB, usage=1 * GIB)
+    assert system.limit().available_bytes == 2 * GIB
 
 
 def test_a_cgroup_outside_the_mount_falls_back_to_the_mount_point(system: FakeSystem) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_policies import table_policy
@@ -74,6 +74,7 @@ sorting = st.sampled_from([0, 4, 10**6])  # how many candidates still count as f
 
 
 @every_policy
+@settings(deadline=None)
 @given(trace=traces, capacity=capacities, few=sorting, seed=st.integers(0, 3))
 def test_any_policy_keeps_the_contract_on_any_trace(
     name: str, trace: list[Event], capacity: int, few: int, seed: int
@@ -85,6 +86,7 @@ def test_any_policy_keeps_the_contract_on_any_trace(
 
 
 @every_policy
+@settings(deadline=None)
 @given(trace=traces, capacity=capacities, seed=st.integers(0, 3))
 def test_the_same_trace_gives_the_same_victims_in_whatever_order_reads_finish(
     name: str, trace: list[Event], capacity: int, seed: int
@@ -95,6 +97,7 @@ def test_the_same_trace_gives_the_same_victims_in_whatever_order_reads_finish(
 
 
 @every_policy
+@settings(deadline=None)
 @given(trace=traces, capacity=capacities)
 def test_few_and_many_candidates_are_judged_alike(name: str, trace: list[Event], capacity: int) -> None:
     """Two ways to the victims, sorting the candidates and searching the tables, give the same ones."""
@@ -105,6 +108,7 @@ def test_few_and_many_candidates_are_judged_alike(name: str, trace: list[Event],
 
 
 @pytest.mark.parametrize("name", ["lru", "lfu", "lfru"])
+@settings(deadline=None)
 @given(trace=traces, capacity=capacities)
 def test_what_a_policy_knows_of_an_expert_survives_its_eviction(
     name: str, trace: list[Event], capacity: int
@@ -180,6 +184,7 @@ class OrderedDictLRU(CachePolicy):
         return [expert for expert in self.order if expert in candidates][:n]
 
 
+@settings(deadline=None)
 @given(trace=traces, capacity=capacities, few=sorting)
 def test_lru_does_what_an_ordered_dict_does(trace: list[Event], capacity: int, few: int) -> None:
     with mock.patch.object(table_policy, "FEW", few):
@@ -200,6 +205,15 @@ def test_lru_takes_a_prefetched_expert_for_as_recent_as_its_arrival() -> None:
         policy.step(0, [expert])
     residents = fill(policy, (0, 1), (0, 2), (1, 0))  # nothing asked for (1, 0) yet
     assert policy.victims(residents, 3) == [(0, 1), (0, 2), (1, 0)]
+
+
+def test_lru_goes_by_use_however_late_the_read_finished() -> None:
+    """A prompt is observed token by token before its experts arrive; those of its last tokens must stay."""
+    policy = make_policy("lru")
+    for expert in (2, 1):
+        policy.step(0, [expert])
+    residents = fill(policy, (0, 1), (0, 2))
+    assert policy.victims(residents, 1) == [(0, 2)]
 
 
 def test_lfu_evicts_the_expert_used_least_and_of_equals_the_one_unused_longest() -> None:
@@ -232,6 +246,15 @@ def test_lfru_counts_age_in_events_of_the_experts_own_layer() -> None:
         policy.step(0, [expert])
     residents = fill(policy, (0, 5), (1, 7))  # (1, 7) is older by the clock, but layer 1 has not run since
     assert policy.victims(residents, 1) == [(0, 5)]
+
+
+def test_lfru_counts_the_age_of_a_prefetched_expert_from_its_arrival() -> None:
+    policy = make_policy("lfru")
+    for expert in (1, 9, 9, 9):
+        policy.step(0, [expert])
+    residents = fill(policy, (0, 1), (0, 2))
+    # 1: age 4, count 1 -> 2.   2: age 1, count 0 -> 1.
+    assert policy.victims(residents, 1) == [(0, 1)]
 
 
 def test_fifo_evicts_the_first_that_came_however_often_it_is_used() -> None:

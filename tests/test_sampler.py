@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
@@ -77,6 +77,7 @@ def test_kept_tokens_and_probabilities_are_those_of_transformers(options: dict[s
     torch.testing.assert_close(probabilities, expected[ids])
 
 
+@settings(deadline=None)
 @given(
     logits=st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=20, unique=True),
     top_k=st.integers(0, 25),
@@ -113,8 +114,10 @@ def test_the_penalty_divides_positive_and_multiplies_negative_logits_once() -> N
 
 
 def test_top_p_keeps_as_few_as_reach_it_and_the_lowest_ids_of_equals() -> None:
-    ids, probabilities = Sampler(SamplingParams(temperature=1, top_p=0.5), 4).candidates(torch.zeros(4), [])
-    assert (ids.tolist(), probabilities.tolist()) == ([0, 1], [0.5, 0.5])
+    sampler = Sampler(SamplingParams(temperature=1, top_p=0.5), 1024)
+    ids, probabilities = sampler.candidates(torch.zeros(1024), [])
+    assert ids.tolist() == list(range(512))
+    assert probabilities.tolist() == [1 / 512] * 512
 
 
 def test_the_likeliest_token_always_stays() -> None:
@@ -126,6 +129,11 @@ def test_the_likeliest_token_always_stays() -> None:
 def test_a_token_ruled_out_is_never_drawn() -> None:
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
     assert set(draws(SamplingParams(temperature=1, top_k=4), logits, 100)) == {1, 3}
+
+
+def test_a_token_ruled_out_is_not_drawn_by_the_lowest_draw_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.zeros((), dtype=torch.float64))
+    assert draws(SamplingParams(temperature=1), torch.tensor([-torch.inf, 0.0, 0.0]), 1) == [1]
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_seed_others() -> None:
@@ -181,6 +189,7 @@ def test_logits_of_another_vocabulary_are_a_model_error() -> None:
         ("top_p", 1.1, "a number above 0 to 1"),
         ("top_k", -1, "a whole number from 0"),
         ("top_k", 2.5, "a whole number from 0"),
+        ("top_k", True, "a whole number from 0"),
         ("min_p", -0.1, "a number from 0 to 1"),
         ("min_p", 2, "a number from 0 to 1"),
         ("repetition_penalty", 0, "a number from 0.01 to 100"),
@@ -275,6 +284,7 @@ def test_without_stop_strings_text_passes_through() -> None:
 stop_lists = st.lists(st.text("ab", min_size=1, max_size=4), max_size=3)
 
 
+@settings(deadline=None)
 @given(pieces=st.lists(st.text("abc", max_size=5), max_size=12), stop=stop_lists)
 def test_streamed_text_joins_to_the_text_cut_at_the_first_stop(pieces: list[str], stop: list[str]) -> None:
     text = "".join(pieces)
@@ -287,6 +297,7 @@ def test_streamed_text_joins_to_the_text_cut_at_the_first_stop(pieces: list[str]
     assert ("".join(shown), stopped) == (expected, bool(ends))
 
 
+@settings(deadline=None)
 @given(pieces=st.lists(st.text("abc", max_size=5), max_size=12), stop=stop_lists)
 def test_no_more_is_held_back_than_may_begin_a_stop_string(pieces: list[str], stop: list[str]) -> None:
     matcher, pushed, shown = StopStrings(stop), "", ""

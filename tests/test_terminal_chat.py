@@ -59,6 +59,7 @@ class EchoChat:
                 stats.finish_reason = "cancelled"
                 return
             stats.text += word
+            stats.token_ids.append(number)
             stats.decode_tokens += 1
             yield Piece(word)
         self.messages.append({"role": "user", "content": message})
@@ -205,7 +206,7 @@ def test_save_writes_the_conversation(tmp_path: Path):
     path = tmp_path / "my chat.json"
     session = Session().run("hello", f"/save {path}")
     assert json.loads(path.read_text())["messages"] == [{"role": "user", "content": "hello"}]
-    assert f"1 messages saved to {path}" in session.err.getvalue()
+    assert f"saved to {path}, 1 messages" in session.err.getvalue()
 
 
 def test_a_file_that_cannot_be_saved_is_one_line_and_the_chat_goes_on(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors by meaning: what must be there, where experts lie, and what the dense weights cost."""
+"""A checkpoint's tensors by meaning: what must be there, where experts lie, what dense weights cost."""
 
 import json
 from pathlib import Path
@@ -297,6 +297,6 @@ def test_tensors_are_found_across_shards(tmp_path: Path) -> None:
     (tmp_path / "sharded" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     sharded = CheckpointLayout(open_checkpoint(tmp_path / "sharded"), config)
     for key in whole.experts:
-        parts = [[read_extent(l, e) for e in l.experts[key].extents] for l in (whole, sharded)]
+        parts = [[read_extent(layout, e) for e in layout.experts[key].extents] for layout in (whole, sharded)]
         assert parts[0] == parts[1]
     assert torch.equal(load_dense(whole).layers[1].qkv, load_dense(sharded).layers[1].qkv)

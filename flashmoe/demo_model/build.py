@@ -32,6 +32,8 @@ def build(folder: Path, progress: Progress | None = None) -> Path:
         _refuse_other_content(folder)
         base_path = find_base()
         check_sha256(DELTA, DELTA_SHA256, "reinstall flashmoe")
+        if progress is not None:  # gguf takes seconds over the vocabulary
+            progress("reading the base model", 0, base_path.stat().st_size)
         base, delta = BaseModel(base_path), Delta(DELTA)
         with new_folder(folder) as temporary:
             write_model(temporary, base, delta, progress)
