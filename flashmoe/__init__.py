@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from flashmoe.sampler import SamplingParams
     from flashmoe.stats import GenerationStats
 
-# torch's OpenMP threads spin while they wait for each other. Beside reading threads, or any other busy program, the
-# one that others wait for is then not running: twenty times slower, measured (docs/log.md). Read when torch loads.
+# torch's OpenMP threads spin while they wait for each other. Beside reading threads, or any other busy
+# program, the one that others wait for is then not running: twenty times slower, measured (docs/log.md). Read
+# when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"

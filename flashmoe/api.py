@@ -1,10 +1,10 @@
 """The Python API: `LLM` opens a model inside a RAM budget, `Chat` talks to it.
 
-    llm = LLM("PATH", ram_budget="16G")
-    chat = llm.chat(system="You are terse.")
-    for piece in chat.stream("Hello"):
-        print(piece.text, end="")
-    print(chat.stats)
+llm = LLM("PATH", ram_budget="16G")
+chat = llm.chat(system="You are terse.")
+for piece in chat.stream("Hello"):
+    print(piece.text, end="")
+print(chat.stats)
 """
 
 import json
@@ -25,13 +25,12 @@ from flashmoe.tokenizer import StreamDecoder
 from storage import host
 
 
-
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A bit of an answer. `text` may be empty while a character or a stop string is incomplete.
 
-    `finish_reason` is set on the last piece: "stop", "length" (max_tokens), "context" (the context is full) or
-    "cancelled".
+    `finish_reason` is set on the last piece: "stop", "length" (max_tokens), "context" (the context is full)
+    or "cancelled".
     """
 
     text: str
@@ -68,7 +67,8 @@ class LLM:
         seed: int = 0,
         progress: Progress | None = None,
     ) -> None:
-        """`model`: folder, Hugging Face repo id, or None for the demo model. `ram_budget`: "16G", "80%", bytes, "auto".
+        """`model`: folder, Hugging Face repo id, or None for the demo model. `ram_budget`: "16G", "80%",
+        bytes, "auto".
 
         `progress(what, done, total)` is called while the model is prepared and its dense weights load.
         """
@@ -102,7 +102,8 @@ class LLM:
         return Generation(stats.text, stats.token_ids, stats.finish_reason or "stop", stats)
 
     def sampling_params(self, overrides: dict[str, Any]) -> SamplingParams:
-        """The model's generation_config.json with `overrides` on top; ConfigError for an unknown or bad one."""
+        """The model's generation_config.json with `overrides` on top; ConfigError for an unknown or bad
+        one."""
         return SamplingParams.from_generation_config(self.generation_config, **overrides)
 
     def stream_tokens(
@@ -120,7 +121,8 @@ class LLM:
             raise FlashMoEError("this LLM is closed; open a new one")
         if max(prompt, default=0) >= self.config.vocab_size:
             raise ModelError(
-                f"the tokenizer made id {max(prompt)}; the model knows {self.config.vocab_size}: they do not belong together"
+                f"the tokenizer made id {max(prompt)}; the model knows {self.config.vocab_size}:"
+                " they do not belong together"
             )
         recorder = _Recorder(self, stats)
         check = _checker(cancel)
@@ -137,7 +139,9 @@ class LLM:
                 history.append(token)
                 ended = token in self.tokenizer.eos_token_ids
                 emitted = stops.push("" if ended else text.push(token))
-                stats.finish_reason = self._finish_reason(ended or stops.stopped, len(stats.token_ids) + 1, params)
+                stats.finish_reason = self._finish_reason(
+                    ended or stops.stopped, len(stats.token_ids) + 1, params
+                )
                 if stats.finish_reason is not None:
                     emitted += stops.push(text.finish()) + stops.flush()
                 recorder.token(token, emitted)
@@ -220,13 +224,17 @@ class Chat:
             if stats.token_ids:
                 self.messages += [user, {"role": "assistant", "content": stats.text}]
                 self._ids = prompt + stats.token_ids
-                self._text = prompt_text + self.llm.tokenizer.decode(stats.token_ids, skip_special_tokens=False)
+                self._text = prompt_text + self.llm.tokenizer.decode(
+                    stats.token_ids, skip_special_tokens=False
+                )
 
     def send(self, message: str, **sampling: Any) -> Generation:
         """Answer one message to its end."""
         for _ in self.stream(message, **sampling):
             pass
-        return Generation(self.stats.text, self.stats.token_ids, self.stats.finish_reason or "stop", self.stats)
+        return Generation(
+            self.stats.text, self.stats.token_ids, self.stats.finish_reason or "stop", self.stats
+        )
 
     def save(self, path: Path) -> None:
         """Write the conversation as JSON: {"messages": [{"role", "content"}, …]}."""
@@ -238,8 +246,8 @@ class Chat:
         return "".join(m["content"] for m in messages)  # a base model continues the text
 
     def _encode(self, prompt_text: str) -> list[int]:
-        """Token ids of the conversation. What the model wrote keeps the ids it chose, which encoding its text anew
-        need not give back: otherwise the KV cache of the last answer would be lost."""
+        """Token ids of the conversation. What the model wrote keeps the ids it chose, which encoding its text
+        anew need not give back: otherwise the KV cache of the last answer would be lost."""
         if self._text and prompt_text.startswith(self._text):
             return self._ids + self.llm.tokenizer.encode(prompt_text[len(self._text) :])
         return self.llm.tokenizer.encode(
@@ -279,7 +287,9 @@ class _Recorder:
         s.token_ids.append(token_id)
         s.decode_tokens = len(s.token_ids)
         s.text += text
-        s.tokens.append(TokenStats(token_id, text, spent, step.stall_s, step.hits, step.misses, step.bytes_read))
+        s.tokens.append(
+            TokenStats(token_id, text, spent, step.stall_s, step.hits, step.misses, step.bytes_read)
+        )
 
     def finish(self) -> None:
         s, total = self._stats, self._llm.expert_cache.counters - self._start
@@ -310,6 +320,3 @@ def _read_generation_config(folder: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not an object")
     return values
-
-
-

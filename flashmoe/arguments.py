@@ -43,8 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_run(commands: "Commands") -> None:
     parser = _add_command(commands, "run", "chat with a model in the terminal, or answer one prompt")
     add = parser.add_argument
-    add("--prompt", type=_text, metavar="TEXT",
-        help="answer this on stdout and leave; - reads it from stdin, as happens where stdin is no terminal")
+    add(
+        "--prompt",
+        type=_text,
+        metavar="TEXT",
+        help="answer this on stdout and leave; - reads it from stdin, as happens where stdin is no terminal",
+    )
     add("--system", type=_text, metavar="TEXT", help="system prompt")
     add("--raw", action="store_true", help="continue the prompt as plain text, without chat template")
     _add_running_options(parser)
@@ -84,10 +88,17 @@ def _add_command(commands: "Commands", name: str, summary: str) -> argparse.Argu
     parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     parser.set_defaults(command=name, parser=parser)
     add = parser.add_argument
-    add("--model", metavar="PATH",
-        help="folder of safetensors or Hugging Face repo id (default: the demo model, built once)")
-    add("--ram-budget", default="auto", metavar="SIZE",
-        help="RAM for the whole process: 16G, 16GB, 80%% of what is free, auto (default: auto)")
+    add(
+        "--model",
+        metavar="PATH",
+        help="folder of safetensors or Hugging Face repo id (default: the demo model, built once)",
+    )
+    add(
+        "--ram-budget",
+        default="auto",
+        metavar="SIZE",
+        help="RAM for the whole process: 16G, 16GB, 80%% of what is free, auto (default: auto)",
+    )
     add("--context", type=int, metavar="N", help="tokens of conversation (default: what fits)")
     add("--quiet", action="store_true", help="neither plan nor speed on stderr")
     add("-v", "--verbose", action="store_true", help="also what was measured and decided at start")
@@ -96,10 +107,19 @@ def _add_command(commands: "Commands", name: str, summary: str) -> argparse.Argu
 
 def _add_running_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--policy", choices=_PolicyNames(), default="lru", metavar="NAME",
-        help="which expert leaves when another needs its slot: %(choices)s (default: lru)")
-    add("--reader", choices=("auto", "direct", "buffered", "mmap"), default="auto",
-        help="how experts are read (default: auto, the fastest on this drive)")
+    add(
+        "--policy",
+        choices=_PolicyNames(),
+        default="lru",
+        metavar="NAME",
+        help="which expert leaves when another needs its slot: %(choices)s (default: lru)",
+    )
+    add(
+        "--reader",
+        choices=("auto", "direct", "buffered", "mmap"),
+        default="auto",
+        help="how experts are read (default: auto, the fastest on this drive)",
+    )
     add("--threads", type=int, metavar="N", help="threads that compute (default: one a core)")
 
 

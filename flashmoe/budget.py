@@ -1,8 +1,8 @@
 """The RAM budget: one number for the whole process, planned before anything is allocated.
 
-budget = process (interpreter, libraries) + dense weights + KV cache for the context + workspace + expert slots.
-Knows sizes only; refuses with the smallest budget that works, and warns at the two cliffs: below one token cycle a
-cache hardly hits, above what the system leaves us paging undoes it.
+budget = process (interpreter, libraries) + dense weights + KV cache for the context + workspace + expert
+slots. Knows sizes only; refuses with the smallest budget that works, and warns at the two cliffs: below one
+token cycle a cache hardly hits, above what the system leaves us paging undoes it.
 """
 
 from collections.abc import Mapping
@@ -68,7 +68,7 @@ class BudgetPlan:
             ("process", format_bytes(self.process_bytes), "interpreter and libraries"),
             ("dense weights", format_bytes(self.dense_bytes), "attention, router, embeddings"),
             ("KV cache", format_bytes(self.kv_cache_bytes), f"context of {self.context} tokens, fp32"),
-            ("workspace", format_bytes(self.workspace_bytes), f"prefill in chunks of {min(PREFILL_CHUNK, self.context)}"),
+            ("workspace", format_bytes(self.workspace_bytes), f"prefill, {min(PREFILL_CHUNK, self.context)} tokens at a time"),
             ("expert slots", format_bytes(self.slots_bytes),
              f"{self.slots} of {self.experts} experts ({share:.0%}), {format_bytes(self.slot_bytes)} each"),
             ("planned", format_bytes(self.planned_bytes), f"of {format_bytes(self.budget_bytes)}"),
@@ -82,16 +82,21 @@ class BudgetPlan:
 def plan_budget(config: ModelConfig, sizes: Sizes, budget_bytes: int, context: int | None) -> BudgetPlan:
     """Divide the budget; BudgetError names the smallest workable figure and its parts.
 
-    `context` None: as many tokens as the model allows, at most 8192, within a quarter of what the fixed parts leave.
+    `context` None: as many tokens as the model allows, at most 8192, within a quarter of what the fixed parts
+    leave.
     """
     if context is not None and context > config.max_position_embeddings:
-        raise ConfigError(f"--context {context} is more than the {config.max_position_embeddings} positions of this model")
+        raise ConfigError(
+            f"--context {context} is more than the {config.max_position_embeddings} positions of this model"
+        )
     process = sizes.process_bytes + LATE_PROCESS_BYTES
     least_slots = min(config.num_experts_per_tok, sizes.experts)
     least_context = context or min(SMALLEST_DEFAULT_CONTEXT, config.max_position_embeddings)
 
     def fixed(tokens: int) -> int:
-        return process + sizes.dense_bytes + tokens * config.kv_bytes_per_token + workspace_bytes(config, tokens)
+        return (
+            process + sizes.dense_bytes + tokens * config.kv_bytes_per_token + workspace_bytes(config, tokens)
+        )
 
     smallest = fixed(least_context) + least_slots * sizes.slot_bytes
     if budget_bytes < smallest:
@@ -137,19 +142,20 @@ def _warnings(sizes: Sizes, budget_bytes: int, slots: int, cycle: int) -> list[s
     found = []
     if budget_bytes > sizes.available_bytes:
         found.append(
-            f"RAM budget {format_bytes(budget_bytes)} is more than the {format_bytes(sizes.available_bytes)} that the"
-            " system leaves; paging would undo the cache"
+            f"RAM budget {format_bytes(budget_bytes)} is more than the {format_bytes(sizes.available_bytes)} that"
+            " the system leaves; paging would undo the cache"
         )
     if slots < min(cycle, sizes.experts):
         found.append(
-            f"{slots} slots are fewer than the {cycle} experts one token uses; expect few hits until the budget is"
-            f" {format_bytes((cycle - slots) * sizes.slot_bytes)} larger"
+            f"{slots} slots are fewer than the {cycle} experts one token uses; expect few hits until the budget"
+            f" is {format_bytes((cycle - slots) * sizes.slot_bytes)} larger"
         )
     return found
 
 
 def workspace_bytes(config: ModelConfig, context: int) -> int:
-    """Upper bound of temporary tensors: one prefill chunk in fp32, rotary tables, logits and the sampler's copies."""
+    """Upper bound of temporary tensors: one prefill chunk in fp32, rotary tables, logits and the sampler's
+    copies."""
     c, tokens = config, min(PREFILL_CHUNK, context)
     heads = c.num_attention_heads * c.head_dim
     width = max(c.moe_intermediate_size, c.intermediate_size if not all(c.moe_layers) else 0,

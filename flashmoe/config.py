@@ -1,5 +1,5 @@
-"""The two configurations: `ModelConfig` is read from a checkpoint's config.json (tolerant: unknown keys are not
-ours), `RunConfig` comes from the user (strict: an impossible option is an error).
+"""The two configurations: `ModelConfig` is read from a checkpoint's config.json (tolerant: unknown keys are
+not ours), `RunConfig` comes from the user (strict: an impossible option is an error).
 
 Knows nothing about tensors or files other than config.json.
 """
@@ -75,7 +75,9 @@ def load_model_config(folder: Path) -> ModelConfig:
     if not path.is_file():
         raise ConfigError(f"{folder} has no config.json; --model takes a folder of Hugging Face safetensors")
     if path.stat().st_size > CONFIG_BYTES_LIMIT:
-        raise ConfigError(f"{path} has {path.stat().st_size} bytes; a config.json is below {CONFIG_BYTES_LIMIT}")
+        raise ConfigError(
+            f"{path} has {path.stat().st_size} bytes; a config.json is below {CONFIG_BYTES_LIMIT}"
+        )
     try:
         raw = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -101,13 +103,17 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     head_dim = read.integer("head_dim", default=hidden // heads)
     hidden_act = read.get("hidden_act") or "silu"
     if heads % kv_heads:
-        raise ConfigError(f"config.json: {heads} attention heads cannot share {kv_heads} key/value heads evenly")
+        raise ConfigError(
+            f"config.json: {heads} attention heads cannot share {kv_heads} key/value heads evenly"
+        )
     if head_dim % 2:
         raise ConfigError(f"config.json: head_dim {head_dim} is odd; rotary embeddings need pairs")
     if top_k > experts:
         raise ConfigError(f"config.json: num_experts_per_tok {top_k} exceeds num_experts {experts}")
     if hidden_act not in ACTIVATIONS:
-        raise ConfigError(f"config.json: hidden_act {hidden_act!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+        raise ConfigError(
+            f"config.json: hidden_act {hidden_act!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
+        )
     if raw.get("quantization_config"):
         method = dict(raw["quantization_config"]).get("quant_method", "unknown")
         raise ConfigError(f"config.json: {method} quantised checkpoints are not supported; use the bf16 one")
@@ -157,7 +163,9 @@ class _Reader:
             raise ConfigError(f"config.json: {' or '.join(keys)} is missing")
         floor = 0 if default == 0 else 1
         if isinstance(value, bool) or not isinstance(value, int) or not floor <= value <= limit:
-            raise ConfigError(f"config.json: {keys[0]} is {value!r}, not a whole number from {floor} to {limit}")
+            raise ConfigError(
+                f"config.json: {keys[0]} is {value!r}, not a whole number from {floor} to {limit}"
+            )
         return value
 
     def number(self, key: str, source: Mapping[str, Any] | None = None) -> float:
@@ -174,19 +182,35 @@ def _rope(read: _Reader) -> RopeConfig:
         raise ConfigError(f"config.json: rope parameters are a {type(parameters).__name__}, not an object")
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in ROPE_TYPES:
-        raise ConfigError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    theta = read.number("rope_theta", {"rope_theta": parameters.get("rope_theta") or read.get("rope_theta") or 1e4})
+        raise ConfigError(
+            f"config.json: rope type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
+        )
+    theta = read.number(
+        "rope_theta", {"rope_theta": parameters.get("rope_theta") or read.get("rope_theta") or 1e4}
+    )
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError("config.json: partial_rotary_factor other than 1 is not supported for this family")
-    needed = {"default": (), "linear": ("factor",), "yarn": (), "llama3": ("low_freq_factor", "high_freq_factor", "factor")}
+    needed = {
+        "default": (),
+        "linear": ("factor",),
+        "yarn": (),
+        "llama3": ("low_freq_factor", "high_freq_factor", "factor"),
+    }
     for key in needed[kind]:
         read.number(key, parameters)
     if kind in ("yarn", "llama3"):
-        original = read.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
-        parameters = {**parameters, "original_max_position_embeddings": original or read.integer("max_position_embeddings")}
+        original = read.get("original_max_position_embeddings") or parameters.get(
+            "original_max_position_embeddings"
+        )
+        parameters = {
+            **parameters,
+            "original_max_position_embeddings": original or read.integer("max_position_embeddings"),
+        }
         read.number("original_max_position_embeddings", parameters)
         if parameters.get("factor") is None:
-            parameters["factor"] = read.integer("max_position_embeddings") / parameters["original_max_position_embeddings"]
+            parameters["factor"] = (
+                read.integer("max_position_embeddings") / parameters["original_max_position_embeddings"]
+            )
         read.number("factor", parameters)
     return RopeConfig(str(kind), theta, dict(parameters))
 

@@ -1,8 +1,8 @@
 """The decoder: embedding, layers, logits, for one sequence on the CPU in fp32.
 
-Attention, dense layers and the router run here; routed experts go through the expert cache and `kernels.expert_ffn`.
-Axis letters: T new tokens, D hidden, H query heads, G key/value heads, d head size, E experts, K experts per token,
-V vocabulary.
+Attention, dense layers and the router run here; routed experts go through the expert cache and
+`kernels.expert_ffn`. Axis letters: T new tokens, D hidden, H query heads, G key/value heads, d head size, E
+experts, K experts per token, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +21,12 @@ from kernels.mixed_linear import MixedLinear
 
 
 class Decoder:
-    """Appends tokens to the KV cache and returns logits. `check` is called before every layer and may raise."""
+    """Appends tokens to the KV cache and returns logits. `check` is called before every layer and may
+    raise."""
 
-    def __init__(self, config: ModelConfig, weights: DenseWeights, experts: ExpertCache, context: int) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: DenseWeights, experts: ExpertCache, context: int
+    ) -> None:
         self.config, self.experts = config, experts
         self.kv_cache = KVCache(config, context)
         self._weights = weights
@@ -35,7 +38,8 @@ class Decoder:
     def forward(
         self, token_ids: Sequence[int], all_logits: bool = False, check: Callable[[], None] | None = None
     ) -> Tensor:
-        """Run T tokens behind those in the KV cache -> logits [V] of the last one, or [T, V] with `all_logits`.
+        """Run T tokens behind those in the KV cache -> logits [V] of the last one, or [T, V] with
+        `all_logits`.
 
         The KV cache counts the tokens only when every layer has run: an exception leaves it as it was.
         """
@@ -52,11 +56,14 @@ class Decoder:
         logits = self._linear(x, self._weights.lm_head)
         return logits if all_logits else logits[0]
 
-    def _attention(self, index: int, layer: LayerWeights, x: Tensor, position: tuple[Tensor, Tensor]) -> Tensor:
+    def _attention(
+        self, index: int, layer: LayerWeights, x: Tensor, position: tuple[Tensor, Tensor]
+    ) -> Tensor:
         c = self.config
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         qkv = self._linear(rms_norm(x, layer.input_norm, c.rms_norm_eps), layer.qkv, layer.qkv_bias)
-        q, k, v = qkv.split([heads * c.head_dim, kv_heads * c.head_dim, kv_heads * c.head_dim], dim=1)
+        widths = [heads * c.head_dim, kv_heads * c.head_dim, kv_heads * c.head_dim]
+        q, k, v = torch.split(qkv, widths, dim=1)
         if c.family.qk_norm == "full":
             q, k = self._norm_qk(layer, q, k)
         if c.clip_qkv is not None:
@@ -88,7 +95,8 @@ class Decoder:
         return self._ffn.feed_forward(h, ExpertWeights(*layer.mlp))
 
     def _one_token(self, index: int, h: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """h [1, D] -> [1, D]: hits while misses are read, late experts as they arrive, summed in top-k order."""
+        """h [1, D] -> [1, D]: hits while misses are read, late experts as they arrive, summed in top-k
+        order."""
         routed = ids[0].tolist()
         products = torch.empty(len(routed), h.shape[1])
         for expert, expert_weights in self.experts.fetch(index, routed, weights[0].tolist()):

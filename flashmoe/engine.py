@@ -26,7 +26,8 @@ class Engine:
         return len(self.tokens) >= self.context
 
     def reuse(self, prompt: Sequence[int]) -> int:
-        """Keep what the KV cache shares with `prompt`, at most all but its last token; returns how many tokens.
+        """Keep what the KV cache shares with `prompt`, at most all but its last token; returns how many
+        tokens.
 
         Raises ContextError for an empty prompt or one longer than the context.
         """

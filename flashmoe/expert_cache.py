@@ -1,8 +1,8 @@
 """The expert cache: where policy, storage and memory meet.
 
-A fixed number of equal slots holds whole experts. An event (one layer of one step) asks for its experts; resident
-ones are served at once while the others are read, and those are served as they arrive. What an event needs is never
-a victim of the same event. Knows nothing about tokens, attention or the arithmetic of experts.
+A fixed number of equal slots holds whole experts. An event (one layer of one step) asks for its experts;
+resident ones are served at once while the others are read, and those are served as they arrive. What an event
+needs is never a victim of the same event. Knows nothing about tokens, attention or the arithmetic of experts.
 """
 
 import queue
@@ -20,8 +20,8 @@ from storage.expert_reader import ExpertReader, ReadPlan
 from storage.host import allocate_aligned
 from storage.read_queue import Completion, ReadQueue
 
-# Slots that a prefill layer above its share may take from other layers to keep reads under way: few, and never more
-# than a sixteenth of all.
+# Slots that a prefill layer above its share may take from other layers to keep reads under way: few, and
+# never more than a sixteenth of all.
 PREFILL_READS_AHEAD = 4
 
 
@@ -86,10 +86,11 @@ class ExpertCache:
     def fetch(
         self, layer: int, routed: Sequence[int], weights: Sequence[float]
     ) -> Iterator[tuple[int, ExpertWeights]]:
-        """One decode event: yield (expert, its weights) for each routed expert, hits first, then as reads finish.
+        """One decode event: yield (expert, its weights) for each routed expert, hits first, then as reads
+        finish.
 
-        The weights are valid until the next expert is asked for. Raises ReadError when the drive fails; the cache
-        stays usable.
+        The weights are valid until the next expert is asked for. Raises ReadError when the drive fails; the
+        cache stays usable.
         """
         self._settle()
         self.policy.step(layer, routed, weights)
@@ -115,7 +116,9 @@ class ExpertCache:
         finally:
             self._settle()
 
-    def observe(self, layer: int, routed: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]) -> None:
+    def observe(
+        self, layer: int, routed: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]
+    ) -> None:
         """Show the policy the tokens of a prefill chunk, in order: routed and weights are [T, K]."""
         for ids, w in zip(routed, weights, strict=True):
             self.policy.step(layer, ids, w)
@@ -123,9 +126,9 @@ class ExpertCache:
     def stream(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, ExpertWeights]]:
         """One prefill event: yield every expert of a chunk once, reading ahead.
 
-        `experts`: each once, those that the chunk's last tokens use at the end. These stay; the others pass through
-        slots of this same layer, so that a long prompt does not wash out what decoding will need elsewhere. The
-        layer ends with its share of the slots, or what it had before if that was more.
+        `experts`: each once, those that the chunk's last tokens use at the end. These stay; the others pass
+        through slots of this same layer, so that a long prompt does not wash out what decoding will need
+        elsewhere. The layer ends with its share of the slots, or what it had before if that was more.
         """
         self._settle()
         share = max(self.slots // len(self._layer_residents), self._layer_residents[layer])
@@ -170,10 +173,11 @@ class ExpertCache:
         self._reader.close()
 
     def _room_for_stream(self, layer: int, share: int, spare: set[ExpertId], kept: list[ExpertId]) -> bool:
-        """See that a slot is free for the next read of a prefill layer; False: not before another expert is served.
+        """See that a slot is free for the next read of a prefill layer; False: not before another expert is
+        served.
 
-        A layer below its share takes slots from anywhere. Above, it reuses its own `spare` ones, and takes a few
-        more from others only to keep reads under way. `kept` is given up when there is no other way on.
+        A layer below its share takes slots from anywhere. Above, it reuses its own `spare` ones, and takes a
+        few more from others only to keep reads under way. `kept` is given up when there is no other way on.
         """
         if self._free:
             return True
@@ -243,7 +247,9 @@ class ExpertCache:
                 self._take(self._done.get())
             except KeyboardInterrupt as error:
                 interrupt = error
-            except Exception:  # the event's first error is on its way up already; this expert is just not resident
+            except (
+                Exception
+            ):  # the event's first error is on its way up already; this expert is just not resident
                 continue
         self._evictable.update(self._held)
         self._held.clear()

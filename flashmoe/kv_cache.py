@@ -1,7 +1,8 @@
 """Keys and values of the tokens so far, in fp32, allocated once for the whole context.
 
 Memory is touched only as tokens arrive, so a long context costs nothing until it is used. Layout
-[context, KV heads, head size] a layer: the strides, and so the bits of attention, do not depend on the context.
+[context, KV heads, head size] a layer: the strides, and so the bits of attention, do not depend on the
+context.
 """
 
 import torch

@@ -1,6 +1,7 @@
 """RMS norm, rotary embedding and attention, in fp32, for one sequence.
 
-Axis letters: T new tokens, S tokens in the KV cache including them, H query heads, G key/value heads, d head size.
+Axis letters: T new tokens, S tokens in the KV cache including them, H query heads, G key/value heads, d head
+size.
 """
 
 import math
@@ -20,8 +21,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     """[d/2] float32 and the factor on cos and sin; formulas as in transformers' modeling_rope_utils.
 
-    linear: every frequency divided by `factor`. llama3: low frequencies divided, a smooth band between. yarn (arXiv
-    2309.00071): a ramp between interpolated and original frequencies, and a factor on cos and sin.
+    linear: every frequency divided by `factor`. llama3: low frequencies divided, a smooth band between. yarn
+    (arXiv 2309.00071): a ramp between interpolated and original frequencies, and a factor on cos and sin.
     """
     frequencies = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     given = rope.parameters
@@ -68,7 +69,9 @@ class Rotary:
 
     def __init__(self, config: ModelConfig, context: int) -> None:
         frequencies, factor = inverse_frequencies(config.rope, config.head_dim)
-        angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies).repeat(1, 2)  # [context, d]
+        angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies).repeat(
+            1, 2
+        )  # [context, d]
         self._cos, self._sin = angles.cos() * factor, angles.sin() * factor
 
     def at(self, begin: int, end: int) -> tuple[Tensor, Tensor]:

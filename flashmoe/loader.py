@@ -1,6 +1,7 @@
 """Open a checkpoint, plan the budget, and bring the model up: everything between a folder and an `Engine`.
 
-`open_model` reads headers only, so `flashmoe plan` costs no weights; `load_engine` allocates what the plan says.
+`open_model` reads headers only, so `flashmoe plan` costs no weights; `load_engine` allocates what the plan
+says.
 """
 
 import random
@@ -27,7 +28,8 @@ from storage.drive_probe import ProbeResult, probe
 from storage.expert_reader import ReadPlan, open_reader, plan_read
 from storage.read_queue import ReadQueue
 
-# What `auto` chooses from. Not mmap: its pages are the system's to take back, so it keeps a budget only by luck.
+# What `auto` chooses from. Not mmap: its pages are the system's to take back, so it keeps a budget only by
+# luck.
 AUTO_READERS = ("direct", "buffered")
 PROBED_EXPERTS = 64
 
@@ -52,7 +54,8 @@ class OpenedModel:
 
 
 def open_model(folder: Path) -> OpenedModel:
-    """Read and check everything but the weights. Raises ConfigError, ModelError, TokenizerError, CheckpointError."""
+    """Read and check everything but the weights. Raises ConfigError, ModelError, TokenizerError,
+    CheckpointError."""
     config = load_model_config(folder)
     tokenizer = Tokenizer(folder)
     layout = CheckpointLayout(open_checkpoint(folder), config)
@@ -88,9 +91,13 @@ class LoadedEngine:
 
 
 def load_engine(
-    model: OpenedModel, plan: BudgetPlan, run: RunConfig, progress: Callable[[str, int, int], None] | None = None
+    model: OpenedModel,
+    plan: BudgetPlan,
+    run: RunConfig,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> LoadedEngine:
-    """Probe the drive, read the dense weights, allocate KV cache and slots. `progress(what, done, total)` in bytes."""
+    """Probe the drive, read the dense weights, allocate KV cache and slots. `progress(what, done, total)` in
+    bytes."""
     try:
         policy = make_policy(run.policy, seed=run.seed)
     except ValueError as error:
@@ -98,7 +105,9 @@ def load_engine(
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     paths, shard_bytes = model.layout.checkpoint.shards, model.layout.checkpoint.shard_bytes
-    sample = random.Random(run.seed).sample(list(model.read_plans.values()), min(PROBED_EXPERTS, plan.experts))
+    sample = random.Random(run.seed).sample(
+        list(model.read_plans.values()), min(PROBED_EXPERTS, plan.experts)
+    )
     probed = probe(paths, shard_bytes, sample, AUTO_READERS if run.reader == "auto" else (run.reader,))
     begin = time.perf_counter()
     weights = load_dense(model.layout, _progress_of_bytes(progress, model.layout.dense_read_bytes))

@@ -1,4 +1,5 @@
-"""From what the user calls a model to a folder: a path, a Hugging Face repo id, or nothing (the demo model)."""
+"""From what the user calls a model to a folder: a path, a Hugging Face repo id, or nothing (the demo
+model)."""
 
 import re
 from collections.abc import Callable
@@ -13,8 +14,8 @@ Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
 def find_model(model: str | None, progress: Progress | None = None) -> Path:
-    """The folder of a checkpoint. `model`: a folder; `owner/name[@revision]`, taken from the local Hugging Face
-    cache or downloaded; None: smolmoe, built on first use. ConfigError says what was tried.
+    """The folder of a checkpoint. `model`: a folder; `owner/name[@revision]`, taken from the local Hugging
+    Face cache or downloaded; None: smolmoe, built on first use. ConfigError says what was tried.
     """
     if model is None:
         from flashmoe.demo_model import build_demo_model
@@ -24,9 +25,13 @@ def find_model(model: str | None, progress: Progress | None = None) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ConfigError(f"{model} is a file; --model takes the folder that holds config.json and the safetensors")
+        raise ConfigError(
+            f"{model} is a file; --model takes the folder that holds config.json and the safetensors"
+        )
     if not _REPO_ID.fullmatch(model):
-        raise ConfigError(f"no folder {model}; --model takes a folder of safetensors or a repo id such as owner/name")
+        raise ConfigError(
+            f"no folder {model}; --model takes a folder of safetensors or a repo id such as owner/name"
+        )
     return _from_hub(*model.partition("@")[::2])
 
 

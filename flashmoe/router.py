@@ -7,9 +7,10 @@ from torch import Tensor
 def route(hidden: Tensor, gate: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
     """Choose the experts of each token and their weights.
 
-    hidden [T, D] float32, gate [E, D] float32 -> expert ids [T, K] int64, weights [T, K] float32, largest first.
-    Softmax over all experts, then the top k; `renormalise` scales each row to sum to one (Mixtral always, which
-    equals a softmax over the chosen logits, arXiv 2401.04088 section 2.1; the others by `norm_topk_prob`).
+    hidden [T, D] float32, gate [E, D] float32 -> expert ids [T, K] int64, weights [T, K] float32, largest
+    first. Softmax over all experts, then the top k; `renormalise` scales each row to sum to one (Mixtral
+    always, which equals a softmax over the chosen logits, arXiv 2401.04088 section 2.1; the others by
+    `norm_topk_prob`).
     """
     probabilities = torch.softmax(hidden @ gate.T, dim=-1)  # [T, E]
     weights, expert_ids = torch.topk(probabilities, top_k, dim=-1)

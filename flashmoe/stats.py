@@ -8,7 +8,8 @@ from flashmoe.sizes import format_bytes
 
 @dataclass(slots=True)
 class TokenStats:
-    """One generated token: the step that produced it. Time in seconds; bytes read from the drive for experts."""
+    """One generated token: the step that produced it. Time in seconds; bytes read from the drive for
+    experts."""
 
     token_id: int
     text: str
@@ -23,8 +24,8 @@ class TokenStats:
 class GenerationStats:
     """One generation. `hits`, `misses`, `expert_bytes_read` and `stall_s` cover prefill and decode together.
 
-    A hit or miss is one expert of one event: in prefill an event is a layer and a chunk, in decode a layer and a
-    token. The bound is that of the decode steps: max(time computing, bytes missed / drive speed).
+    A hit or miss is one expert of one event: in prefill an event is a layer and a chunk, in decode a layer
+    and a token. The bound is that of the decode steps: max(time computing, bytes missed / drive speed).
     """
 
     text: str = ""
@@ -83,7 +84,8 @@ class GenerationStats:
 
     @property
     def bound_tokens_per_s(self) -> float:
-        """Decode speed if reading and computing overlapped perfectly: steps / max(compute, bytes / drive speed)."""
+        """Decode speed if reading and computing overlapped perfectly: steps / max(compute, bytes / drive
+        speed)."""
         compute_s = self.decode_s - self.decode_stall_s
         read_s = self.decode_bytes_read / (self.drive_mb_per_s * 1e6) if self.drive_mb_per_s else 0.0
         bound_s = max(compute_s, read_s)
@@ -117,12 +119,14 @@ class GenerationStats:
         """(figure, value) for people."""
         return [
             ("prompt", f"{self.prompt_tokens} tokens, {self.cached_tokens} of them from the KV cache"),
-            ("prefill", f"{self.prefill_tokens_per_s:.1f} tok/s, first token after {self.time_to_first_token_s:.2f} s"),
+            ("prefill", f"{self.prefill_tokens_per_s:.1f} tok/s,"
+                        f" first token after {self.time_to_first_token_s:.2f} s"),
             ("decode", f"{self.decode_tokens} tokens, {self.decode_tokens_per_s:.2f} tok/s"
                        f" (bound {self.bound_tokens_per_s:.2f})"),
-            ("hit rate", f"{self.decode_hit_rate:.1%} in decode ({self.decode_hits} hits, {self.decode_misses} misses),"
-                         f" {self.hit_rate:.1%} with prefill"),
-            ("read", f"{self.bytes_per_token / 1e6:.1f} MB a token, {self.expert_bytes_read / 1e6:.0f} MB in all"),
+            ("hit rate", f"{self.decode_hit_rate:.1%} in decode ({self.decode_hits} hits, {self.decode_misses}"
+                         f" misses), {self.hit_rate:.1%} with prefill"),
+            ("read", f"{self.bytes_per_token / 1e6:.1f} MB a token,"
+                     f" {self.expert_bytes_read / 1e6:.0f} MB in all"),
             ("stall", f"{self.stall_s:.2f} s, {self.stall_mb_per_s:.0f} MB/s meanwhile"
                       f" (drive {self.drive_mb_per_s:.0f} MB/s, {self.reader})"),
             ("memory", f"RSS {format_bytes(self.rss_bytes)}, peak {format_bytes(self.peak_rss_bytes)}"

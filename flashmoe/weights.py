@@ -1,7 +1,8 @@
 """Where a model's tensors are in its checkpoint, and the dense ones in memory.
 
-`CheckpointLayout` finds and checks every tensor by the family's names: shapes against config.json, dtypes against
-what we compute with. Experts stay on the drive as extents; `load_dense` reads all else into ordinary memory.
+`CheckpointLayout` finds and checks every tensor by the family's names: shapes against config.json, dtypes
+against what we compute with. Experts stay on the drive as extents; `load_dense` reads all else into ordinary
+memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +32,8 @@ class ExpertLayout:
 
 @dataclass(slots=True)
 class LayerWeights:
-    """The dense weights of one layer. Matrices keep the checkpoint's dtype; vectors and the router are fp32."""
+    """The dense weights of one layer. Matrices keep the checkpoint's dtype; vectors and the router are
+    fp32."""
 
     input_norm: Tensor  # [D]
     post_attention_norm: Tensor  # [D]
@@ -61,12 +63,18 @@ class CheckpointLayout:
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
         self.checkpoint, self.config = checkpoint, config
-        self._blocks = {l: self._moe_block(l) for l in range(config.num_hidden_layers) if config.moe_layers[l]}
+        self._blocks = {
+            layer: self._moe_block(layer) for layer, is_moe in enumerate(config.moe_layers) if is_moe
+        }
         self.experts: dict[ExpertId, ExpertLayout] = {
-            (l, e): self._expert(l, e) for l in self._blocks for e in range(config.num_experts)
+            (layer, expert): self._expert(layer, expert)
+            for layer in self._blocks
+            for expert in range(config.num_experts)
         }
         dense = [(self._tensor(name, shape), widen) for name, shape, widen in self._dense_tensors()]
-        self.dense_bytes = sum(i.nbytes // ITEM_BYTES[i.dtype] * 4 if widen else i.nbytes for i, widen in dense)
+        self.dense_bytes = sum(
+            i.nbytes // ITEM_BYTES[i.dtype] * 4 if widen else i.nbytes for i, widen in dense
+        )
         self.dense_read_bytes = sum(info.nbytes for info, _ in dense)
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
@@ -76,7 +84,9 @@ class CheckpointLayout:
                 f"{self.checkpoint.folder} has no tensor {name}, which a {self.config.model_type} model needs"
             )
         if info.shape != shape:
-            raise ModelError(f"tensor {name} has shape {list(info.shape)}; config.json asks for {list(shape)}")
+            raise ModelError(
+                f"tensor {name} has shape {list(info.shape)}; config.json asks for {list(shape)}"
+            )
         if info.dtype not in DTYPES:
             raise ModelError(f"tensor {name} is {info.dtype}; supported: {', '.join(DTYPES)}")
         return info
@@ -103,15 +113,19 @@ class CheckpointLayout:
             )
             return ExpertLayout(extents, self._one_dtype(fused, gate_up, down))
         names = [f"{block}.experts.{expert}.{p}.weight" for p in c.family.expert_projections]
-        infos = [self._tensor(name, shape) for name, shape in zip(names, ((f, d), (f, d), (d, f)), strict=True)]
-        gate, up, down = (Extent(i.shard, i.offset, i.nbytes) for i in infos)
-        return ExpertLayout((gate, up, down), self._one_dtype(names[0], *infos))
+        infos = [
+            self._tensor(name, shape) for name, shape in zip(names, ((f, d), (f, d), (d, f)), strict=True)
+        ]
+        first, second, third = (Extent(i.shard, i.offset, i.nbytes) for i in infos)
+        return ExpertLayout((first, second, third), self._one_dtype(names[0], *infos))
 
     @staticmethod
     def _one_dtype(name: str, *infos: TensorInfo) -> torch.dtype:
         dtypes = {info.dtype for info in infos}
         if len(dtypes) > 1:
-            raise ModelError(f"the tensors beside {name} mix {', '.join(sorted(dtypes))}; they must share one dtype")
+            raise ModelError(
+                f"the tensors beside {name} mix {', '.join(sorted(dtypes))}; they must share one dtype"
+            )
         return DTYPES[infos[0].dtype]
 
     def _dense_tensors(self) -> Iterator[tuple[str, tuple[int, ...], bool]]:
@@ -149,7 +163,8 @@ class CheckpointLayout:
             yield "lm_head.weight", (c.vocab_size, d), False
 
     def mlp_prefix(self, layer: int) -> tuple[str, int] | None:
-        """Name and width of the layer's dense feed-forward network or shared expert; None if it has neither."""
+        """Name and width of the layer's dense feed-forward network or shared expert; None if it has
+        neither."""
         c = self.config
         if layer not in self._blocks:
             return f"model.layers.{layer}.mlp", c.intermediate_size

@@ -1,8 +1,9 @@
-"""The one call the engine makes for routed experts; a native back-end replaces `ExpertFFN` behind the same calls.
+"""The one call the engine makes for routed experts; a native back-end replaces `ExpertFFN` behind the same
+calls.
 
-A MoE layer's result is sum over j of weight[t, j] * ffn(expert[t, j], x[t]). The products land in a buffer with one
-row per (token, j), in whatever order experts arrive, and `combine` adds each token's rows in top-k order: so the bits
-of the result do not depend on which experts were resident.
+A MoE layer's result is sum over j of weight[t, j] * ffn(expert[t, j], x[t]). The products land in a buffer
+with one row per (token, j), in whatever order experts arrive, and `combine` adds each token's rows in top-k
+order: so the bits of the result do not depend on which experts were resident.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from kernels.mixed_linear import MixedLinear
 
 
 class ExpertWeights(NamedTuple):
-    """One expert: gate and up [F, D], down [D, F], of a floating dtype; views of a slot, valid while it is held."""
+    """One expert: gate and up [F, D], down [D, F], of a floating dtype; views of a slot while it is held."""
 
     gate: Tensor
     up: Tensor
@@ -43,7 +44,8 @@ class Routing:
 
     def rows(self, expert: int) -> Tensor:
         """Row indices [n] int64 of the products this expert owes, ascending."""
-        return self._rows[expert]
+        rows: Tensor = self._rows[expert]
+        return rows
 
 
 class ExpertFFN:
@@ -62,7 +64,9 @@ class ExpertFFN:
         """x [1, D], weight [] float32; writes weight * ffn(x) to product [D]. The decode path: no gather."""
         torch.mul(self.feed_forward(x, expert)[0], weight, out=product)
 
-    def tokens(self, x: Tensor, routing: Routing, expert_id: int, expert: ExpertWeights, products: Tensor) -> None:
+    def tokens(
+        self, x: Tensor, routing: Routing, expert_id: int, expert: ExpertWeights, products: Tensor
+    ) -> None:
         """x [T, D]; writes this expert's rows of products [T*K, D]."""
         rows = routing.rows(expert_id)
         y = self.feed_forward(x[rows // routing.top_k], expert)  # [n, D]

@@ -1,8 +1,8 @@
 """y = x @ W.T + b with fp32 activations and weights as the checkpoint stores them (bf16, fp16 or fp32).
 
 The weights are widened to fp32 exactly, a block of rows at a time, into one scratch buffer that stays in the
-processor's cache; the product is then an fp32 one. So the result is that of an fp32 model with these weights, the
-memory traffic is that of the stored bytes, and the bits do not depend on where in memory the weights lie.
+processor's cache; the product is then an fp32 one. So the result is that of an fp32 model with these weights,
+the memory traffic is that of the stored bytes, and the bits do not depend on where in memory the weights lie.
 """
 
 from collections.abc import Iterator
@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Elements of scratch, measured on 2 cores with 2048 x 768 experts in bf16 (scripts/bench_kernels.py): one token reads
-# 11 GB/s with 1 MiB blocks (in L2) against 9.4 with the whole matrix at once; many tokens gain from larger blocks.
+# Elements of scratch, measured on 2 cores with 2048 x 768 experts in bf16 (scripts/bench_kernels.py): one
+# token reads 11 GB/s with 1 MiB blocks (in L2) against 9.4 with the whole matrix at once; many tokens gain
+# from larger blocks.
 VECTOR_BLOCK = 1 << 18
 MATRIX_BLOCK = 1 << 22
 
@@ -25,7 +26,8 @@ class MixedLinear:
         self._scratch = torch.empty(MATRIX_BLOCK)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [T, D] float32, weight [N, D] of a floating dtype, bias [N] float32 -> [T, N] float32 (may be strided)."""
+        """x [T, D] float32, weight [N, D] of a floating dtype, bias [N] float32 -> [T, N] float32 (may be
+        strided)."""
         y = self._one_token(x[0], weight) if x.shape[0] == 1 else self._tokens(x, weight)
         return y if bias is None else y + bias
 

@@ -21,7 +21,8 @@ def moe_reference(
 ) -> Tensor:
     """Every token through its experts, summed in top-k order.
 
-    x [T, D], expert_ids [T, K] int64, weights [T, K], experts: (gate, up, down) of each -> [T, D] in x's dtype.
+    x [T, D], expert_ids [T, K] int64, weights [T, K], experts: (gate, up, down) of each -> [T, D] in x's
+    dtype.
     """
     y = torch.zeros_like(x)
     for t in range(x.shape[0]):

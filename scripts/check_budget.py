@@ -3,10 +3,10 @@
 
     scripts/check_budget.py --model PATH --ram-budget 640M [--reader direct] [--tokens 200]
 
-Prints one JSON object: whether the kernel killed the run, the group's peak (page cache included) and the process's
-peak RSS beside the budget, and the bytes that /proc/self/io says were read for experts beside misses x expert bytes.
-Exit status 0 if the run survived within its budget and the bytes agree within 1 %, 1 if not, 77 where no memory
-cgroup can be made.
+Prints one JSON object: whether the kernel killed the run, the group's peak (page cache included) and the
+process's peak RSS beside the budget, and the bytes that /proc/self/io says were read for experts beside
+misses x expert bytes. Exit status 0 if the run survived within its budget and the bytes agree within 1 %, 1
+if not, 77 where no memory cgroup can be made.
 """
 
 import argparse
@@ -50,7 +50,9 @@ def generate(args: argparse.Namespace) -> dict[str, object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--ram-budget", required=True)
     parser.add_argument("--reader", default="direct")

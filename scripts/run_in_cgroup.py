@@ -3,9 +3,10 @@
 
     scripts/run_in_cgroup.py --limit 600M -- flashmoe run --model PATH --ram-budget 600M --prompt "…"
 
-cgroup v1 or v2, whichever is mounted and writable (root, or a delegated subtree). The page cache that the command
-pulls in counts, as it does for the kernel. Swap is forbidden to the group where the kernel can. The last line on
-stderr is one JSON object; the exit status is the command's, 137 if it was killed, 77 where no cgroup can be made.
+cgroup v1 or v2, whichever is mounted and writable (root, or a delegated subtree). The page cache that the
+command pulls in counts, as it does for the kernel. Swap is forbidden to the group where the kernel can. The
+last line on stderr is one JSON object; the exit status is the command's, 137 if it was killed, 77 where no
+cgroup can be made.
 """
 
 import argparse
@@ -99,7 +100,9 @@ def _size(text: str) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--limit", type=_size, required=True, help="bytes, or with K, M, G, T (binary)")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()

@@ -14,7 +14,12 @@ from storage.read_queue import ReadQueue
 
 
 def build_engine(
-    folder: Path, *, slots: int | None = None, policy: str = "lru", reader: str = "buffered", context: int = 512
+    folder: Path,
+    *,
+    slots: int | None = None,
+    policy: str = "lru",
+    reader: str = "buffered",
+    context: int = 512,
 ) -> Engine:
     """`slots` None: every expert has one."""
     config = load_model_config(folder)

@@ -17,6 +17,9 @@ from cache_policies.registry import POLICY_NAMES
 from flashmoe import cli
 from flashmoe.arguments import build_parser
 from flashmoe.errors import ConfigError
+from flashmoe.stats import GenerationStats
+from flashmoe.stats_file import StatsFile
+from storage.storage_errors import StorageError
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "what is the capital of France?"
@@ -211,6 +214,22 @@ def test_per_token_figures_add_up(model: list[str], tmp_path: Path):
     assert "".join(token["text"] for token in stats["tokens"]) == stats["text"]
 
 
+def test_an_answers_figures_are_in_the_file_before_the_next_answer_begins(tmp_path: Path):
+    path = tmp_path / "stats.jsonl"
+    with StatsFile(path, per_token=False) as stats_file:
+        stats_file.write(GenerationStats(text="one"))
+        assert [stats["text"] for stats in read_lines(path)] == ["one"]
+        stats_file.write(GenerationStats(text="two"), ConfigError("no"))
+    assert [(stats["text"], stats.get("error")) for stats in read_lines(path)] == [("one", None), ("two", "no")]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to stand for a full disk")
+def test_a_full_disk_behind_the_figures_is_an_error():
+    stats_file = StatsFile(Path("/dev/full"), per_token=False)
+    with pytest.raises(StorageError, match="cannot write statistics to /dev/full: No space"), stats_file:
+        stats_file.write(GenerationStats())
+
+
 def test_quiet_leaves_out_plan_and_speed_but_not_why_the_answer_ended(
     model: list[str], capsys: pytest.CaptureFixture[str]
 ):
@@ -391,8 +410,10 @@ def test_bench_as_json_has_stdout_to_itself(
 
 
 def start(arguments: list[str], **streams: Any) -> subprocess.Popen[bytes]:
+    """With buffered streams, as on a user's machine: what is left in a buffer at exit must not cause noise."""
     command = [sys.executable, "-m", "flashmoe", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, **streams)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env=environment, **streams)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has other signals")

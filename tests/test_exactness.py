@@ -1,4 +1,5 @@
-"""The promise: policy, reader and budget change when bytes arrive, never what is computed. Bits are compared."""
+"""The promise: policy, reader and budget change when bytes arrive, never what is computed. Bits are
+compared."""
 
 from pathlib import Path
 

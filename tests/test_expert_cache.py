@@ -1,4 +1,5 @@
-"""The expert cache against a scripted drive: arrival order, failures and every count are under the test's control."""
+"""The expert cache against a scripted drive: arrival order, failures and every count are under the test's
+control."""
 
 import queue
 from collections.abc import Iterator

@@ -1,4 +1,5 @@
-"""Qwen2-MoE (Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B): one shared expert behind a sigmoid gate, biased q, k and v."""
+"""Qwen2-MoE (Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B): one shared expert behind a sigmoid gate, biased q, k and
+v."""
 
 from flashmoe.models.family import FamilySpec
 
