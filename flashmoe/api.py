@@ -9,12 +9,13 @@ print(chat.stats)
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from flashmoe.budget import BudgetPlan
 from flashmoe.config import RunConfig
 from flashmoe.errors import ConfigError, FlashMoEError, ModelError
 from flashmoe.loader import load_engine, open_model, plan_model
@@ -66,17 +67,21 @@ class LLM:
         threads: int | None = None,
         seed: int = 0,
         progress: Progress | None = None,
+        on_plan: Callable[[BudgetPlan], None] | None = None,
     ) -> None:
-        """`model`: folder, Hugging Face repo id, or None for the demo model. `ram_budget`: "16G", "80%",
-        bytes, "auto".
+        """Open a model and load its dense weights.
 
-        `progress(what, done, total)` is called while the model is prepared and its dense weights load.
+        `model`: folder, Hugging Face repo id, or None for the demo model. `ram_budget`: "16G", "80%", bytes,
+        "auto". `on_plan` is called once with what the budget buys, before anything is allocated; `progress(what,
+        done, total)` while the model is prepared and its dense weights load.
         """
         self.run_config = RunConfig(str(ram_budget), policy, reader, context, threads, seed)
         self._opened = open_model(find_model(None if model is None else str(model), progress))
         self.config, self.tokenizer = self._opened.config, self._opened.tokenizer
         self.generation_config = _read_generation_config(self._opened.folder)
         self.plan = plan_model(self._opened, self.run_config)
+        if on_plan is not None:
+            on_plan(self.plan)
         loaded = load_engine(self._opened, self.plan, self.run_config, progress)
         self.engine, self.expert_cache, self.probed = loaded.engine, loaded.cache, loaded.probed
         self.dense_load_s = loaded.dense_load_s
@@ -89,7 +94,7 @@ class LLM:
     def stream(
         self, prompt: str, *, cancel: Callable[[], bool] | None = None, stats: GenerationStats | None = None,
         **sampling: Any,
-    ) -> Iterator[Piece]:  # fmt: skip
+    ) -> Generator[Piece, None, None]:  # fmt: skip
         """Continue plain text, without a chat template. `stats`, if given, is filled in place."""
         ids = self.tokenizer.encode(prompt, add_special_tokens=True)
         return self.stream_tokens(ids, self.sampling_params(sampling), stats or GenerationStats(), cancel)
@@ -112,7 +117,7 @@ class LLM:
         params: SamplingParams,
         stats: GenerationStats,
         cancel: Callable[[], bool] | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Generate behind token ids, reusing what the KV cache shares with them; fills `stats` as it goes.
 
         `cancel` is asked before every layer. An error or a closed iterator leaves engine and cache usable.
@@ -208,16 +213,16 @@ class Chat:
 
     def stream(
         self, message: str, *, cancel: Callable[[], bool] | None = None, **sampling: Any
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Answer one message piece by piece. An answer cut short is kept as far as it came.
 
         Raises ContextError when the conversation no longer fits; `reset` helps then.
         """
+        self.stats = stats = GenerationStats()
         params = self.llm.sampling_params({**self._sampling, **sampling})
         user = {"role": "user", "content": message}
         prompt_text = self._render([*self.messages, user])
         prompt = self._encode(prompt_text)
-        self.stats = stats = GenerationStats()
         try:
             yield from self.llm.stream_tokens(prompt, params, stats, cancel)
         finally:

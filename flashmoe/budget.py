@@ -68,7 +68,8 @@ class BudgetPlan:
             ("process", format_bytes(self.process_bytes), "interpreter and libraries"),
             ("dense weights", format_bytes(self.dense_bytes), "attention, router, embeddings"),
             ("KV cache", format_bytes(self.kv_cache_bytes), f"context of {self.context} tokens, fp32"),
-            ("workspace", format_bytes(self.workspace_bytes), f"prefill, {min(PREFILL_CHUNK, self.context)} tokens at a time"),
+            ("workspace", format_bytes(self.workspace_bytes), 
+             f"prefill, {min(PREFILL_CHUNK, self.context)} tokens at a time"),
             ("expert slots", format_bytes(self.slots_bytes),
              f"{self.slots} of {self.experts} experts ({share:.0%}), {format_bytes(self.slot_bytes)} each"),
             ("planned", format_bytes(self.planned_bytes), f"of {format_bytes(self.budget_bytes)}"),
@@ -142,13 +143,13 @@ def _warnings(sizes: Sizes, budget_bytes: int, slots: int, cycle: int) -> list[s
     found = []
     if budget_bytes > sizes.available_bytes:
         found.append(
-            f"RAM budget {format_bytes(budget_bytes)} is more than the {format_bytes(sizes.available_bytes)} that"
-            " the system leaves; paging would undo the cache"
+            f"RAM budget {format_bytes(budget_bytes)} is more than the {format_bytes(sizes.available_bytes)}"
+            " that the system leaves; paging would undo the cache"
         )
     if slots < min(cycle, sizes.experts):
         found.append(
-            f"{slots} slots are fewer than the {cycle} experts one token uses; expect few hits until the budget"
-            f" is {format_bytes((cycle - slots) * sizes.slot_bytes)} larger"
+            f"{slots} slots are fewer than the {cycle} experts one token uses; expect few hits until the"
+            f" budget is {format_bytes((cycle - slots) * sizes.slot_bytes)} larger"
         )
     return found
 

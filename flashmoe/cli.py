@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Chat in the terminal, or answer one prompt."""
     _check_run_usage(arguments)
     from flashmoe.api import LLM
+    from flashmoe.model_source import find_model
     from flashmoe.progress_bar import progress_bar
     from flashmoe.sampler import SamplingParams
     from flashmoe.stats_file import StatsFile
@@ -70,17 +71,19 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     prompt = _read_prompt(arguments)
     with StatsFile(arguments.stats_json, arguments.per_token) as stats_file:
         with progress_bar() as progress:
+            folder = find_model(arguments.model, progress)
+        with progress_bar() as progress:
             llm = LLM(
-                arguments.model,
+                folder,
                 ram_budget=arguments.ram_budget,
                 policy=arguments.policy,
                 reader=arguments.reader,
                 context=arguments.context,
                 threads=arguments.threads,
                 progress=progress,
+                on_plan=partial(_show_plan, screen=screen),
             )
         with llm:
-            _show_plan(llm.plan, screen)
             if arguments.verbose:
                 _show_probe(llm, screen)
             if prompt is None:
@@ -167,7 +170,8 @@ def _chat(
 ) -> int:
     from platformdirs import user_state_path
 
-    from flashmoe.terminal_chat import HINT, TerminalChat, open_prompt
+    from flashmoe.line_editor import open_prompt
+    from flashmoe.terminal_chat import HINT, TerminalChat
 
     chat = TerminalChat(llm.chat(arguments.system, **sampling), screen, stats_file.write)
     history = user_state_path("flashmoe", appauthor=False) / "chat_history"

@@ -92,7 +92,8 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     spec = FAMILIES.get(str(raw.get("model_type")))
     if spec is None:
         raise ConfigError(
-            f"architecture {raw.get('model_type')!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
+            f"architecture {raw.get('model_type')!r} is not supported;"
+            f" supported: {', '.join(sorted(FAMILIES))}"
         )
     read = _Reader(raw, spec.defaults)
     layers = read.integer("num_hidden_layers", limit=10_000)

@@ -188,7 +188,7 @@ class ExpertCache:
             self._evict(victim)
         elif self._evictable and (below_share or len(self._in_flight) < self._prefill_reads_ahead):
             self._make_room(1)
-            spare &= self._evictable.keys()
+            spare.intersection_update(self._evictable)
         elif kept and not self._in_flight:  # a budget of a few slots
             key = kept.pop(0)
             self._evictable[key] = self._held.pop(key)

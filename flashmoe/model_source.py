@@ -18,9 +18,9 @@ def find_model(model: str | None, progress: Progress | None = None) -> Path:
     Face cache or downloaded; None: smolmoe, built on first use. ConfigError says what was tried.
     """
     if model is None:
-        from flashmoe.demo_model import build_demo_model
+        from flashmoe.demo_model.in_child import build_in_child
 
-        return build_demo_model(progress=progress)
+        return build_in_child(progress)
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder

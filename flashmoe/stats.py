@@ -123,8 +123,8 @@ class GenerationStats:
                         f" first token after {self.time_to_first_token_s:.2f} s"),
             ("decode", f"{self.decode_tokens} tokens, {self.decode_tokens_per_s:.2f} tok/s"
                        f" (bound {self.bound_tokens_per_s:.2f})"),
-            ("hit rate", f"{self.decode_hit_rate:.1%} in decode ({self.decode_hits} hits, {self.decode_misses}"
-                         f" misses), {self.hit_rate:.1%} with prefill"),
+            ("hit rate", f"{self.decode_hit_rate:.1%} in decode ({self.decode_hits} hits,"
+                         f" {self.decode_misses} misses), {self.hit_rate:.1%} with prefill"),
             ("read", f"{self.bytes_per_token / 1e6:.1f} MB a token,"
                      f" {self.expert_bytes_read / 1e6:.0f} MB in all"),
             ("stall", f"{self.stall_s:.2f} s, {self.stall_mb_per_s:.0f} MB/s meanwhile"

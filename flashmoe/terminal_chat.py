@@ -1,11 +1,10 @@
-"""The chat in a terminal: messages and commands in, streamed answers out.
+"""The chat in a terminal: messages and commands in, streamed answers out, Ctrl-C in between.
 
-Everything but `open_prompt` works without a terminal. Knows nothing about models, budgets or command lines.
+Works without a terminal too: lines come from a function. Knows nothing about models, budgets or options.
 """
 
-import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,20 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from flashmoe.errors import FlashMoEError
+from flashmoe.line_editor import parse_message
 from flashmoe.screen import Screen
+from flashmoe.stats import GenerationStats
 from storage.storage_errors import StorageError
 
 if TYPE_CHECKING:
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.input import Input
-    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-    from prompt_toolkit.output import Output
-
     from flashmoe.api import Chat, Piece
-    from flashmoe.stats import GenerationStats
 
 HINT = "/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves"
-BLOCK = '"""'
 HELP = """\
 /stats         what the last answer cost
 /reset         forget the conversation
@@ -44,13 +38,13 @@ ALIASES = {"/?": "/help", "/bye": "/exit", "/quit": "/exit"}
 class Answering(Protocol):
     """Starts an answer, and stops it when `cancel` says so."""
 
-    def __call__(self, *, cancel: Callable[[], bool]) -> "Iterator[Piece]": ...
+    def __call__(self, *, cancel: Callable[[], bool]) -> "Generator[Piece, None, None]": ...
 
 
 class Recording(Protocol):
     """Told what each answer cost, and the error that ended it, if one did."""
 
-    def __call__(self, stats: "GenerationStats", error: Exception | None = None) -> None: ...
+    def __call__(self, stats: GenerationStats, error: Exception | None = None) -> None: ...
 
 
 @contextmanager
@@ -76,21 +70,23 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 def show_answer(screen: Screen, answering: Answering) -> None:
     """Stream an answer to the screen; Ctrl-C ends it where it is."""
-    try:
-        with interruptible() as cancel:
-            for piece in answering(cancel=cancel):
+    with interruptible() as cancel:
+        pieces = answering(cancel=cancel)
+        try:
+            for piece in pieces:
                 screen.write(piece.text)
-    finally:
-        screen.end_line()
+        finally:
+            pieces.close()  # its figures are complete only now, if writing failed
+            screen.end_line()
 
 
 def give_answer(
     screen: Screen,
     answering: Answering,
-    get_stats: "Callable[[], GenerationStats]",
+    get_stats: Callable[[], GenerationStats],
     record: Recording,
     remedy: str,
-) -> "GenerationStats":
+) -> GenerationStats:
     """Show an answer, record it, then say why it was cut short, if it was, and what it cost.
 
     `remedy`: what helps against a full context. FlashMoEError and StorageError pass, recorded.
@@ -111,7 +107,7 @@ def give_answer(
     return stats
 
 
-def finish_note(stats: "GenerationStats", remedy: str) -> str | None:
+def finish_note(stats: GenerationStats, remedy: str) -> str | None:
     """Why an answer ended before the model ended it."""
     match stats.finish_reason:
         case "context":
@@ -135,23 +131,8 @@ def parse_command(text: str) -> Command | None:
     """The command that a line is, aliases resolved, known or not; None for a message."""
     if not text.startswith("/"):
         return None
-    name, _, argument = text.strip().partition(" ")
-    return Command(ALIASES.get(name, name), argument.strip())
-
-
-def wants_more(text: str) -> bool:
-    """A block of lines has been opened and not closed."""
-    opened = text.lstrip()
-    return opened.startswith(BLOCK) and BLOCK not in opened[len(BLOCK) :]
-
-
-def parse_message(text: str) -> str:
-    """What was typed without surrounding blanks and block quotes."""
-    text = text.strip()
-    if not text.startswith(BLOCK):
-        return text
-    block, _, rest = text[len(BLOCK) :].partition(BLOCK)
-    return (block + rest).strip()
+    name, *argument = text.split(maxsplit=1)
+    return Command(ALIASES.get(name, name), "".join(argument).strip())
 
 
 class TerminalChat:
@@ -200,7 +181,7 @@ class TerminalChat:
         return True
 
     def _answer(self, message: str) -> None:
-        self._chat.stats = type(self._chat.stats)()  # of this turn, even if it fails before it begins
+        self._chat.stats = GenerationStats()  # of this turn, even if it fails before it begins
         answering = partial(self._chat.stream, message)
         give_answer(self._screen, answering, lambda: self._chat.stats, self._record, "/reset starts afresh")
 
@@ -232,56 +213,3 @@ class TerminalChat:
         except (OSError, ValueError) as error:
             raise StorageError(f"cannot save to {argument}: {error}") from error
         self._screen.say(f"saved to {argument}, {len(self._chat.messages)} messages")
-
-
-def open_prompt(
-    history_file: Path, screen: Screen, input: "Input | None" = None, output: "Output | None" = None
-) -> "PromptSession[str]":
-    """A line editor with Emacs keys, several lines and a history in `history_file`; its `prompt()` reads.
-
-    `input` and `output` stand in for the terminal; the prompt goes to stderr where stdout is none.
-    """
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-    from prompt_toolkit.output import create_output
-
-    history: History
-    try:
-        history_file.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(history_file, os.O_CREAT | os.O_WRONLY, 0o600))  # what people ask is theirs alone
-        history = FileHistory(str(history_file))
-    except OSError as error:
-        screen.say(f"warning: no history kept: {error}")
-        history = InMemoryHistory()
-    return PromptSession(
-        ">>> ",
-        multiline=True,
-        prompt_continuation=lambda width, line, wraps: "    " if wraps else "... ",
-        key_bindings=_key_bindings(),
-        history=history,
-        input=input,
-        output=output or create_output(always_prefer_tty=True),
-    )
-
-
-def _key_bindings() -> "KeyBindings":
-    from prompt_toolkit.key_binding import KeyBindings
-
-    bindings = KeyBindings()
-
-    @bindings.add("enter")
-    def send_or_continue(event: "KeyPressEvent") -> None:
-        buffer = event.current_buffer
-        if buffer.document.text_before_cursor.endswith("\\"):
-            buffer.delete_before_cursor()
-            buffer.insert_text("\n")
-        elif wants_more(buffer.text):
-            buffer.insert_text("\n")
-        else:
-            buffer.validate_and_handle()
-
-    @bindings.add("escape", "enter")
-    def another_line(event: "KeyPressEvent") -> None:
-        event.current_buffer.insert_text("\n")
-
-    return bindings

@@ -207,7 +207,7 @@ class _TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_GenerationTag, jinja2.ext.loopcontrols],
-            optimized=False,  # the optimizer would run constant parts of the template while compiling it
+            optimized=False,  # the optimizer would count loops over constants once, while compiling
         )
         self.steps_left = _MOST_TEMPLATE_STEPS
         self.filters["tojson"] = _to_json

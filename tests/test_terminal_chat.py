@@ -21,17 +21,10 @@ from prompt_toolkit.output import DummyOutput
 
 from flashmoe.api import LLM, Piece
 from flashmoe.errors import ContextError
+from flashmoe.line_editor import open_prompt, parse_message, wants_more
 from flashmoe.screen import Screen, printable
 from flashmoe.stats import GenerationStats
-from flashmoe.terminal_chat import (
-    Command,
-    TerminalChat,
-    interruptible,
-    open_prompt,
-    parse_command,
-    parse_message,
-    wants_more,
-)
+from flashmoe.terminal_chat import Command, TerminalChat, interruptible, parse_command
 from storage.storage_errors import ReadError
 
 
@@ -108,6 +101,8 @@ class Session:
         ("/bye", Command("/exit", "")),
         ("/quit", Command("/exit", "")),
         ("/what ever", Command("/what", "ever")),
+        ("/system\ntwo\nlines", Command("/system", "two\nlines")),
+        ("/", Command("/", "")),
         ("hello /stats", None),
         (" /etc/passwd", None),
         ('"""/stats"""', None),
@@ -240,6 +235,22 @@ def test_the_figures_of_an_earlier_answer_are_not_recorded_again_for_one_that_fa
 
     session = Session(Unwilling()).run("yes", "no")
     assert session.recorded == [("yes", None), ("", "full")]
+
+
+def test_the_figures_are_complete_even_if_the_answer_cannot_be_written():
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    class Counting(EchoChat):
+        def stream(self, message: str, *, cancel: Callable[[], bool]) -> Iterator[Piece]:
+            try:
+                yield from super().stream(message, cancel=cancel)
+            finally:
+                self.stats.text = "complete"
+
+    session = Session(Counting(), Full()).run("one two")
+    assert session.recorded == [("complete", "cannot write to stdout: No space left on device")]
 
 
 def test_a_bug_is_not_swallowed():

@@ -337,6 +337,7 @@ def test_a_template_cannot_reach_python(tmp_path: Path, template: str) -> None:
         "{% set n = range(9999)|list %}"
         "{% for a in n recursive %}{% if loop.depth < 3 %}{{ loop(n) }}{% endif %}{% endfor %}",
         "{% for a in range(99999) %}{{ 'a long line of text' }}{% endfor %}",
+        "{% for a in 'constant' * 10 %}" * 4 + "{% endfor %}" * 4,
         "{{ lipsum(n=10**9) }}",
     ],
 )

@@ -8,6 +8,7 @@ nor numpy.
     build.py      the steps, and the folder      new_folder.py   all or nothing
     gguf_base.py  the base model's tensors       delta.py        the difference's
     weights.py    both together, as Mixtral's    hf_files.py     config, tokenizer, licence
+    in_child.py   the build in a process of its own, `python -m flashmoe.demo_model`
 """
 
 from collections.abc import Callable
