@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from flashmoe.sampler import SamplingParams
     from flashmoe.stats import GenerationStats
 
-# torch's OpenMP threads spin while they wait for each other. Beside reading threads, or any other busy
-# program, the one that others wait for is then not running: twenty times slower, measured (docs/log.md). Read
-# when torch loads.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# torch's OpenMP threads spin for long while they wait for each other. Beside another busy program the one
+# that is waited for may not be running: twenty times slower. Short spinning costs 4 to 15 % on an idle
+# machine and keeps a third of the speed on a busy one (docs/log.md). Read when torch loads; whoever set
+# either variable knows better.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Chat", "FlashMoEError", "Generation", "GenerationStats", "Piece", "SamplingParams"]

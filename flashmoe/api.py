@@ -72,8 +72,8 @@ class LLM:
         """Open a model and load its dense weights.
 
         `model`: folder, Hugging Face repo id, or None for the demo model. `ram_budget`: "16G", "80%", bytes,
-        "auto". `on_plan` is called once with what the budget buys, before anything is allocated; `progress(what,
-        done, total)` while the model is prepared and its dense weights load.
+        "auto". `on_plan` is called once with what the budget buys, before anything is allocated;
+        `progress(what, done, total)` while the model is prepared and its dense weights load.
         """
         self.run_config = RunConfig(str(ram_budget), policy, reader, context, threads, seed)
         self._opened = open_model(find_model(None if model is None else str(model), progress))
@@ -299,7 +299,7 @@ class _Recorder:
     def finish(self) -> None:
         s, total = self._stats, self._llm.expert_cache.counters - self._start
         s.hits, s.misses, s.expert_bytes_read = total.hits, total.misses, total.bytes_read
-        s.stall_s, s.stall_bytes = total.stall_s, total.stall_bytes
+        s.stall_s, s.read_s = total.stall_s, total.read_s
         s.rss_bytes, s.peak_rss_bytes = host.rss_bytes(), host.peak_rss_bytes()
 
 

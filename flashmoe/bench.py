@@ -19,12 +19,13 @@ from flashmoe.bench_text import TokenText
 from flashmoe.budget import BudgetPlan
 from flashmoe.loader import LoadedEngine, OpenedModel
 from flashmoe.sizes import format_bytes
+from flashmoe.stats import bound_s
 from storage import host
 
 DECODE_PREFIX = 64  # tokens of prompt before decoding is timed
 COLUMNS = ("model", "size", "budget", "policy", "reader", "test", "t/s", "min–max", "hit rate", "MB/token",
-           "stall", "bound t/s", "of bound")  # fmt: skip
-_DERIVED = ("tokens_per_s", "hit_rate", "mb_per_token", "stall_share", "stall_mb_per_s", "bound_tokens_per_s",
+           "MB/s", "stall", "bound t/s", "of bound")  # fmt: skip
+_DERIVED = ("tokens_per_s", "hit_rate", "mb_per_token", "stall_share", "read_mb_per_s", "bound_tokens_per_s",
             "share_of_bound")  # fmt: skip
 
 
@@ -38,7 +39,7 @@ class Repetition:
     misses: int
     bytes_read: int
     stall_s: float
-    stall_bytes: int
+    read_s: float
     drive_mb_per_s: float  # as probed at start
 
     @property
@@ -58,14 +59,14 @@ class Repetition:
         return self.stall_s / self.seconds
 
     @property
-    def stall_mb_per_s(self) -> float:
-        """How fast experts arrived while the computation waited, MB/s."""
-        return self.stall_bytes / self.stall_s / 1e6 if self.stall_s else 0.0
+    def read_mb_per_s(self) -> float:
+        """How fast the drive delivered while it was asked, MB/s."""
+        return self.bytes_read / self.read_s / 1e6 if self.read_s else 0.0
 
     @property
     def bound_tokens_per_s(self) -> float:
         """If reading and computing overlapped perfectly: tokens / max(compute, bytes read / drive speed)."""
-        return self.tokens / max(self.seconds - self.stall_s, self.bytes_read / (self.drive_mb_per_s * 1e6))
+        return self.tokens / bound_s(self.seconds - self.stall_s, self.bytes_read, self.drive_mb_per_s)
 
     @property
     def share_of_bound(self) -> float:
@@ -162,6 +163,7 @@ class Bench:
             f"{least:.2f}–{most:.2f}",
             f"{result.median('hit_rate'):.1%}",
             f"{result.median('mb_per_token'):.1f}",
+            f"{result.median('read_mb_per_s'):.0f}",
             f"{result.median('stall_share'):.0%}",
             f"{result.median('bound_tokens_per_s'):.2f}",
             f"{result.median('share_of_bound'):.0%}",
@@ -210,7 +212,7 @@ class Bench:
             misses=spent.misses,
             bytes_read=spent.bytes_read,
             stall_s=spent.stall_s,
-            stall_bytes=spent.stall_bytes,
+            read_s=spent.read_s,
             drive_mb_per_s=self.loaded.probed.read_mb_per_s,
         )
 

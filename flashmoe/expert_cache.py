@@ -33,7 +33,7 @@ class CacheCounters:
     misses: int = 0
     bytes_read: int = 0
     stall_s: float = 0.0  # time the computation waited for reads
-    stall_bytes: int = 0  # bytes that arrived during that time
+    read_s: float = 0.0  # time with at least one read in flight, whether anybody waited or not
 
     def snapshot(self) -> "CacheCounters":
         return CacheCounters(*(getattr(self, f.name) for f in fields(self)))
@@ -215,16 +215,16 @@ class ExpertCache:
 
     def _arrival(self) -> ExpertId:
         """Wait for the next read; its expert becomes resident and held."""
-        begin, before = time.perf_counter(), self._reads.bytes_read
+        begin = time.perf_counter()
         completion = self._done.get()
         self.counters.stall_s += time.perf_counter() - begin
-        self.counters.stall_bytes += self._reads.bytes_read - before
         return self._take(completion)
 
     def _take(self, completion: Completion) -> ExpertId:
         key: ExpertId = completion.tag
         slot = self._in_flight.pop(key)
         self.counters.bytes_read += completion.read_bytes
+        self.counters.read_s = self._reads.busy_s
         if completion.views is None:
             self._free.append(slot)
             assert completion.error is not None

@@ -43,7 +43,7 @@ class GenerationStats:
     misses: int = 0
     expert_bytes_read: int = 0
     stall_s: float = 0.0
-    stall_bytes: int = 0
+    read_s: float = 0.0  # time with at least one read in flight
     decode_hits: int = 0
     decode_misses: int = 0
     decode_bytes_read: int = 0
@@ -78,18 +78,16 @@ class GenerationStats:
         return self.decode_bytes_read / self.decode_steps if self.decode_steps else 0.0
 
     @property
-    def stall_mb_per_s(self) -> float:
-        """How fast experts arrived while the computation waited, MB/s."""
-        return self.stall_bytes / self.stall_s / 1e6 if self.stall_s else 0.0
+    def read_mb_per_s(self) -> float:
+        """How fast the drive delivered while it was asked, MB/s."""
+        return self.expert_bytes_read / self.read_s / 1e6 if self.read_s else 0.0
 
     @property
     def bound_tokens_per_s(self) -> float:
         """Decode speed if reading and computing overlapped perfectly: steps / max(compute, bytes / drive
         speed)."""
-        compute_s = self.decode_s - self.decode_stall_s
-        read_s = self.decode_bytes_read / (self.drive_mb_per_s * 1e6) if self.drive_mb_per_s else 0.0
-        bound_s = max(compute_s, read_s)
-        return self.decode_steps / bound_s if bound_s > 0 else 0.0
+        least_s = bound_s(self.decode_s - self.decode_stall_s, self.decode_bytes_read, self.drive_mb_per_s)
+        return self.decode_steps / least_s if least_s > 0 else 0.0
 
     def as_dict(self, per_token: bool = False) -> dict[str, Any]:
         """For programs: fields and derived figures; `tokens` only when asked for."""
@@ -98,7 +96,7 @@ class GenerationStats:
             del values["tokens"]
         for name in (
             "prefill_tokens_per_s", "decode_tokens_per_s", "hit_rate", "decode_hit_rate", "bytes_per_token",
-            "stall_mb_per_s", "bound_tokens_per_s",
+            "read_mb_per_s", "bound_tokens_per_s",
         ):  # fmt: skip
             values[name] = getattr(self, name)
         return values
@@ -126,13 +124,18 @@ class GenerationStats:
             ("hit rate", f"{self.decode_hit_rate:.1%} in decode ({self.decode_hits} hits,"
                          f" {self.decode_misses} misses), {self.hit_rate:.1%} with prefill"),
             ("read", f"{self.bytes_per_token / 1e6:.1f} MB a token,"
-                     f" {self.expert_bytes_read / 1e6:.0f} MB in all"),
-            ("stall", f"{self.stall_s:.2f} s, {self.stall_mb_per_s:.0f} MB/s meanwhile"
-                      f" (drive {self.drive_mb_per_s:.0f} MB/s, {self.reader})"),
+                     f" {self.expert_bytes_read / 1e6:.0f} MB in all,"
+                     f" at {self.read_mb_per_s:.0f} MB/s (probed: {self.drive_mb_per_s:.0f}, {self.reader})"),
+            ("stall", f"{self.stall_s:.2f} s waiting for reads, {self.decode_stall_s:.2f} s of it in decode"),
             ("memory", f"RSS {format_bytes(self.rss_bytes)}, peak {format_bytes(self.peak_rss_bytes)}"
                        f" of {format_bytes(self.ram_budget_bytes)}"),
             ("policy", self.policy),
         ]  # fmt: skip
+
+
+def bound_s(compute_s: float, bytes_read: int, drive_mb_per_s: float) -> float:
+    """The least time for this much computing and reading, if they overlapped perfectly."""
+    return max(compute_s, bytes_read / (drive_mb_per_s * 1e6) if drive_mb_per_s else 0.0)
 
 
 def _share(hits: int, misses: int) -> float:

@@ -186,8 +186,7 @@ class LimitExceeded(jinja2.TemplateError):
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %} marks the assistant's part for training; here it is just its
-    content."""
+    """{% generation %} … {% endgeneration %}: marks the assistant's part for training, and nothing to us."""
 
     tags = {"generation"}
 

@@ -108,7 +108,7 @@ def test_progress_is_told_of_every_repetition():
 def repetition(seconds: float, stall_s: float = 0.0, bytes_read: int = 0) -> Repetition:
     return Repetition(
         tokens=10, seconds=seconds, hits=30, misses=10, bytes_read=bytes_read, stall_s=stall_s,
-        stall_bytes=bytes_read // 2, drive_mb_per_s=100.0,
+        read_s=2 * stall_s, drive_mb_per_s=100.0,
     )  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def test_the_bound_is_the_drive_where_reading_takes_longer_than_computing():
     assert slow.share_of_bound == 0.5
     assert slow.mb_per_token == 20.0
     assert slow.stall_share == 0.75
-    assert slow.stall_mb_per_s == pytest.approx(33.3, abs=0.1)
+    assert slow.read_mb_per_s == pytest.approx(33.3, abs=0.1)  # 200 MB in the 6 s of reads in flight
     assert slow.hit_rate == 0.75
 
 

@@ -36,6 +36,7 @@ class ScriptedDrive:
         self.asked: list[ExpertId] = []
         self.released: list[ReadPlan] = []
         self.bytes_read = 0
+        self.busy_s = 0.0
         self.closed = 0
 
     def submit(

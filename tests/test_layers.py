@@ -31,10 +31,11 @@ def config_of(rope: dict[str, Any], head_dim: int = 16, positions: int = 512) ->
 # RMS norm
 
 
-def test_rms_norm_is_x_over_its_root_mean_square() -> None:
-    x, weight = random(3, 5) * 100, random(5, seed=1)
-    root = ((x.double() ** 2).sum(dim=-1, keepdim=True) / 5 + 1e-5).sqrt()
-    assert torch.allclose(rms_norm(x, weight, 1e-5).double(), x.double() / root * weight.double(), rtol=1e-5)
+@pytest.mark.parametrize("scale, eps", [(100.0, 1e-5), (0.01, 1e-5), (0.01, 1e-2)])
+def test_rms_norm_is_x_over_its_root_mean_square(scale: float, eps: float) -> None:
+    x, weight = random(3, 5) * scale, random(5, seed=1)
+    root = ((x.double() ** 2).sum(dim=-1, keepdim=True) / 5 + eps).sqrt()
+    assert torch.allclose(rms_norm(x, weight, eps).double(), x.double() / root * weight.double(), rtol=1e-5)
 
 
 def test_rms_norm_of_heads_treats_each_alone_and_eps_keeps_zero_finite() -> None:

@@ -120,6 +120,12 @@ def test_top_p_keeps_as_few_as_reach_it_and_the_lowest_ids_of_equals() -> None:
     assert probabilities.tolist() == [1 / 512] * 512
 
 
+def test_top_p_cuts_between_equals_so_that_the_lowest_ids_stay() -> None:
+    sampler = Sampler(SamplingParams(temperature=1, top_p=0.5), 1024)
+    ids, _ = sampler.candidates(torch.tensor([0.0, 1.0] * 512), [])  # the odd ones have 73 % together
+    assert ids.tolist() == list(range(1, 702, 2))
+
+
 def test_the_likeliest_token_always_stays() -> None:
     params = SamplingParams(temperature=1, top_p=1e-9, min_p=1, top_k=1)
     assert draws(params, random_logits(0), 5) == [int(random_logits(0).argmax())] * 5

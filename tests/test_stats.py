@@ -22,7 +22,7 @@ def measured() -> GenerationStats:
         text="Paris.", token_ids=[7] * 11, finish_reason="stop", prompt_tokens=100, cached_tokens=20,
         prefill_tokens=80, decode_tokens=11, decode_steps=10, prefill_s=4.0, decode_s=5.0,
         time_to_first_token_s=4.1, hits=90, misses=60, expert_bytes_read=1500 * MB, stall_s=5.0,
-        stall_bytes=900 * MB, decode_hits=75, decode_misses=25, decode_bytes_read=600 * MB,
+        read_s=6.0, decode_hits=75, decode_misses=25, decode_bytes_read=600 * MB,
         decode_stall_s=3.0, drive_mb_per_s=200.0,
         peak_rss_bytes=3 << 30, rss_bytes=2 << 30, ram_budget_bytes=4 << 30, policy="lru", reader="direct",
         tokens=[TokenStats(7, "Paris", 0.5, 0.3, 7, 1, 60 * MB)],
@@ -35,7 +35,7 @@ def test_speeds_and_shares_follow_from_the_counts() -> None:
     assert stats.decode_tokens_per_s == 2.0  # ten steps in 5 s: the eleventh token came out of prefill
     assert stats.hit_rate == 0.6 and stats.decode_hit_rate == 0.75
     assert stats.bytes_per_token == 60 * MB
-    assert stats.stall_mb_per_s == 180.0  # 900 MB in 5 s of waiting
+    assert stats.read_mb_per_s == 250.0  # 1500 MB in 6 s with reads in flight
 
 
 def test_the_bound_is_the_slower_of_computing_and_reading() -> None:
@@ -56,7 +56,7 @@ def test_nothing_done_yet_gives_zeros_not_errors() -> None:
     stats = GenerationStats()
     derived = (
         stats.prefill_tokens_per_s, stats.decode_tokens_per_s, stats.hit_rate, stats.decode_hit_rate,
-        stats.bytes_per_token, stats.stall_mb_per_s, stats.bound_tokens_per_s,
+        stats.bytes_per_token, stats.read_mb_per_s, stats.bound_tokens_per_s,
     )  # fmt: skip
     assert derived == (0.0,) * 7
     assert "0.0 tok/s" in stats.line() and "hit rate" in str(stats)
@@ -110,8 +110,8 @@ def test_the_table_names_every_figure_with_its_unit() -> None:
     assert table["prefill"] == "20.0 tok/s, first token after 4.10 s"
     assert table["decode"] == "11 tokens, 2.00 tok/s (bound 3.33)"
     assert table["hit rate"] == "75.0% in decode (75 hits, 25 misses), 60.0% with prefill"
-    assert table["read"] == "60.0 MB a token, 1500 MB in all"
-    assert table["stall"] == "5.00 s, 180 MB/s meanwhile (drive 200 MB/s, direct)"
+    assert table["read"] == "60.0 MB a token, 1500 MB in all, at 250 MB/s (probed: 200, direct)"
+    assert table["stall"] == "5.00 s waiting for reads, 3.00 s of it in decode"
     assert table["memory"] == "RSS 2.0 GiB, peak 3.0 GiB of 4.0 GiB"
     assert table["policy"] == "lru"
     assert str(measured()).count("\n") == len(table) - 1

@@ -278,6 +278,7 @@ LLAMA = """{{- bos_token }}
   {% if message.role == "tool" %}{% continue %}{% endif %}
 {{ loop.index ~ "/" ~ loop.length }} {{ message | tojson(indent=2) }}
     {{ messages | map(attribute="role") | join("+") }}
+    {% for key, text in message.items() if key != "role" %}{{ loop.last }}{{ text }}{% endfor %}
     {% if loop.last %}{{ date_string }}{% break %}{% endif %}
 {% endfor %}
 """

@@ -1,6 +1,7 @@
 """`python -m flashmoe.demo_model [FOLDER]`: build smolmoe, reporting in JSON lines on stdout.
 
-{"progress": [what, done, total]} as it goes on, then {"folder": path} and exit 0, or {"error": text} and exit 1.
+{"progress": [what, done, total]} as it goes on, then {"folder": path} and exit 0, or {"error": text} and exit
+1.
 """
 
 import json

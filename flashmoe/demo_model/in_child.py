@@ -1,4 +1,5 @@
-"""Build smolmoe in a process of its own, so that the memory it takes is not charged to the run that follows."""
+"""Build smolmoe in a process of its own, so that the memory it takes is not charged to the run that
+follows."""
 
 import json
 import os
