@@ -19,7 +19,10 @@ SMALLEST_DEFAULT_CONTEXT = 512
 KV_SHARE = 0.25
 # Library code and buffers touched only after planning (math library threads, allocator slack).
 LATE_PROCESS_BYTES = 96 << 20
-LINEAR_SCRATCH_BYTES = 16 << 20
+LINEAR_SCRATCH_BYTES = 16 << 20  # kernels.mixed_linear
+ATTENTION_BLOCK = (
+    1 << 21
+)  # scores computed at once; torch holds about 12 bytes for each while it works on them
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,35 +93,28 @@ def plan_budget(config: ModelConfig, sizes: Sizes, budget_bytes: int, context: i
         raise ConfigError(
             f"--context {context} is more than the {config.max_position_embeddings} positions of this model"
         )
-    process = sizes.process_bytes + LATE_PROCESS_BYTES
-    least_slots = min(config.num_experts_per_tok, sizes.experts)
+    least_slots = config.num_experts_per_tok
     least_context = context or min(SMALLEST_DEFAULT_CONTEXT, config.max_position_embeddings)
-
-    def fixed(tokens: int) -> int:
-        return (
-            process + sizes.dense_bytes + tokens * config.kv_bytes_per_token + workspace_bytes(config, tokens)
-        )
-
-    smallest = fixed(least_context) + least_slots * sizes.slot_bytes
+    smallest = _fixed_bytes(config, sizes, least_context) + least_slots * sizes.slot_bytes
     if budget_bytes < smallest:
+        parts = {
+            "process": sizes.process_bytes + LATE_PROCESS_BYTES,
+            "dense weights": sizes.dense_bytes,
+            f"KV cache for {least_context} tokens": least_context * config.kv_bytes_per_token,
+            "workspace": workspace_bytes(config, least_context),
+            f"{least_slots} expert slots": least_slots * sizes.slot_bytes,
+        }
         raise BudgetError(
             f"RAM budget {format_bytes(budget_bytes)} is below the {format_bytes(smallest)} that this"
-            f" {config.model_type} model needs: process {format_bytes(process)}, dense weights"
-            f" {format_bytes(sizes.dense_bytes)}, KV cache for {least_context} tokens"
-            f" {format_bytes(least_context * config.kv_bytes_per_token)}, workspace"
-            f" {format_bytes(workspace_bytes(config, least_context))}, {least_slots} expert slots"
-            f" {format_bytes(least_slots * sizes.slot_bytes)}; try --ram-budget {-(-smallest >> 20)}M"
+            f" {config.model_type} model needs:"
+            f" {', '.join(f'{part} {format_bytes(size)}' for part, size in parts.items())};"
+            f" try --ram-budget {-(-smallest >> 20)}M"
             + ("" if context is None else " or a smaller --context")
         )
-    tokens = context or _default_context(config, budget_bytes - fixed(least_context), least_context)
-    slots = min(sizes.experts, (budget_bytes - fixed(tokens)) // sizes.slot_bytes)
-    if slots < least_slots:  # a default context never takes the last slots
-        tokens = least_context
-        slots = min(sizes.experts, (budget_bytes - fixed(tokens)) // sizes.slot_bytes)
-    cycle = config.num_moe_layers * config.num_experts_per_tok
+    tokens, slots = _divide(config, sizes, budget_bytes, context)
     return BudgetPlan(
         budget_bytes=budget_bytes,
-        process_bytes=process,
+        process_bytes=sizes.process_bytes + LATE_PROCESS_BYTES,
         dense_bytes=sizes.dense_bytes,
         kv_cache_bytes=tokens * config.kv_bytes_per_token,
         workspace_bytes=workspace_bytes(config, tokens),
@@ -128,30 +124,65 @@ def plan_budget(config: ModelConfig, sizes: Sizes, budget_bytes: int, context: i
         expert_bytes=sizes.expert_bytes,
         context=tokens,
         smallest_budget_bytes=smallest,
-        token_cycle_experts=cycle,
-        warnings=tuple(_warnings(sizes, budget_bytes, slots, cycle)),
+        token_cycle_experts=config.num_moe_layers * config.num_experts_per_tok,
+        warnings=tuple(_warnings(config, sizes, budget_bytes, context)),
     )
 
 
-def _default_context(config: ModelConfig, spare_bytes: int, least: int) -> int:
+def _fixed_bytes(config: ModelConfig, sizes: Sizes, tokens: int) -> int:
+    """All but the slots, for a context of `tokens`."""
+    process = sizes.process_bytes + LATE_PROCESS_BYTES
+    kv_cache = tokens * config.kv_bytes_per_token
+    return process + sizes.dense_bytes + kv_cache + workspace_bytes(config, tokens)
+
+
+def _divide(config: ModelConfig, sizes: Sizes, budget_bytes: int, context: int | None) -> tuple[int, int]:
+    """(tokens of context, expert slots) that a budget buys; more budget never buys fewer of either."""
+    tokens = context or _default_context(config, sizes, budget_bytes)
+    slots = (budget_bytes - _fixed_bytes(config, sizes, tokens)) // sizes.slot_bytes
+    return tokens, min(sizes.experts, slots)
+
+
+def _default_context(config: ModelConfig, sizes: Sizes, budget_bytes: int) -> int:
+    """As many tokens as a quarter of what is left pays for, once the least context and slots are paid."""
     most = min(MAX_DEFAULT_CONTEXT, config.max_position_embeddings)
-    affordable = least + int(spare_bytes * KV_SHARE) // config.kv_bytes_per_token
-    return max(least, min(most, affordable) // 256 * 256)
+    least = min(SMALLEST_DEFAULT_CONTEXT, most)
+    paid = _fixed_bytes(config, sizes, least)
+    spare = budget_bytes - paid - config.num_experts_per_tok * sizes.slot_bytes
+    if spare <= 0 or most == least:
+        return least
+    whole = _fixed_bytes(config, sizes, most) - paid  # linear in the tokens beyond `least`
+    return least + min(most - least, int((most - least) * KV_SHARE * spare / whole))
 
 
-def _warnings(sizes: Sizes, budget_bytes: int, slots: int, cycle: int) -> list[str]:
+def _warnings(config: ModelConfig, sizes: Sizes, budget_bytes: int, context: int | None) -> list[str]:
     found = []
     if budget_bytes > sizes.available_bytes:
         found.append(
             f"RAM budget {format_bytes(budget_bytes)} is more than the {format_bytes(sizes.available_bytes)}"
             " that the system leaves; paging would undo the cache"
         )
-    if slots < min(cycle, sizes.experts):
+    cycle = min(config.num_moe_layers * config.num_experts_per_tok, sizes.experts)
+    slots = _divide(config, sizes, budget_bytes, context)[1]
+    if slots < cycle:
+        enough = _smallest_with_slots(config, sizes, cycle, budget_bytes, context)
         found.append(
-            f"{slots} slots are fewer than the {cycle} experts one token uses; expect few hits until the"
-            f" budget is {format_bytes((cycle - slots) * sizes.slot_bytes)} larger"
+            f"{slots} slots are fewer than the {cycle} experts one token uses: expect few hits below a budget"
+            f" of {format_bytes(enough)}"
         )
     return found
+
+
+def _smallest_with_slots(
+    config: ModelConfig, sizes: Sizes, slots: int, too_small: int, context: int | None
+) -> int:
+    """The smallest budget, to the MiB, that buys this many slots."""
+    low, high = too_small >> 20, (too_small + 2 * slots * sizes.slot_bytes >> 20) + 1
+    while low + 1 < high:
+        middle = (low + high) // 2
+        enough = _divide(config, sizes, middle << 20, context)[1] >= slots
+        low, high = (low, middle) if enough else (middle, high)
+    return high << 20
 
 
 def workspace_bytes(config: ModelConfig, context: int) -> int:
@@ -162,8 +193,10 @@ def workspace_bytes(config: ModelConfig, context: int) -> int:
     width = max(c.moe_intermediate_size, c.intermediate_size if not all(c.moe_layers) else 0,
                 c.shared_expert_intermediate_size)  # fmt: skip
     hidden = 8 * tokens * c.hidden_size
-    attention = tokens * 6 * (heads + 2 * c.num_key_value_heads * c.head_dim) + 2 * tokens * context
+    attention = tokens * 6 * (heads + 2 * c.num_key_value_heads * c.head_dim)
+    scores = 3 * max(ATTENTION_BLOCK, c.num_attention_heads * context) + 6 * context  # and one query's mask
+    repeated = 2 * context * heads  # keys and values, once for each query head
     experts = 2 * tokens * c.num_experts_per_tok * c.hidden_size + 4 * tokens * width
     tables = 4 * context * c.head_dim
     logits = 6 * c.vocab_size
-    return LINEAR_SCRATCH_BYTES + 4 * (hidden + attention + experts + tables + logits)
+    return LINEAR_SCRATCH_BYTES + 4 * (hidden + attention + scores + repeated + experts + tables + logits)

@@ -5,20 +5,30 @@ Knows nothing about tensors or files other than config.json.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cache_policies.registry import POLICY_NAMES
 from flashmoe.errors import ConfigError
 from flashmoe.models import FAMILIES
 from flashmoe.models.family import FamilySpec
 
 CONFIG_BYTES_LIMIT = 4 << 20  # published files are below 10 kB; anything far larger is not a config
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+_ORIGINAL = "original_max_position_embeddings"
+_ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+ROPE_TYPES = tuple(_ROPE_NUMBERS)
+_YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+READER_NAMES = ("auto", "direct", "buffered", "mmap")
 MAX_DEFAULT_CONTEXT = 8192
+LARGEST_NUMBER = 1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +108,12 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     read = _Reader(raw, spec.defaults)
     layers = read.integer("num_hidden_layers", limit=10_000)
     hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
-    kv_heads = read.integer("num_key_value_heads", default=heads)
+    asked_for_all = "num_key_value_heads" in raw and raw["num_key_value_heads"] is None
+    kv_heads = heads if asked_for_all else read.integer("num_key_value_heads", default=heads)
     experts = read.integer("num_experts", "num_local_experts", "n_routed_experts", limit=65_536)
     top_k = read.integer("num_experts_per_tok")
-    head_dim = read.integer("head_dim", default=hidden // heads)
-    hidden_act = read.get("hidden_act") or "silu"
+    head_dim = read.integer("head_dim", default=max(1, hidden // heads))
+    hidden_act = "silu" if read.get("hidden_act") is None else read.get("hidden_act")
     if heads % kv_heads:
         raise ConfigError(
             f"config.json: {heads} attention heads cannot share {kv_heads} key/value heads evenly"
@@ -111,12 +122,13 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(f"config.json: head_dim {head_dim} is odd; rotary embeddings need pairs")
     if top_k > experts:
         raise ConfigError(f"config.json: num_experts_per_tok {top_k} exceeds num_experts {experts}")
-    if hidden_act not in ACTIVATIONS:
+    if not isinstance(hidden_act, str) or hidden_act not in ACTIVATIONS:
         raise ConfigError(
             f"config.json: hidden_act {hidden_act!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
         )
-    if raw.get("quantization_config"):
-        method = dict(raw["quantization_config"]).get("quant_method", "unknown")
+    if raw.get("quantization_config") is not None:
+        given = raw["quantization_config"]
+        method = given.get("quant_method", "unknown") if isinstance(given, dict) else given
         raise ConfigError(f"config.json: {method} quantised checkpoints are not supported; use the bf16 one")
     return ModelConfig(
         family=spec,
@@ -130,18 +142,18 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         rms_norm_eps=read.number("rms_norm_eps"),
         rope=_rope(read),
         max_position_embeddings=read.integer("max_position_embeddings"),
-        tie_word_embeddings=bool(read.get("tie_word_embeddings")),
+        tie_word_embeddings=read.flag("tie_word_embeddings"),
         hidden_act=hidden_act,
         num_experts=experts,
         num_experts_per_tok=top_k,
-        norm_topk_prob=spec.always_renormalise or bool(read.get("norm_topk_prob")),
+        norm_topk_prob=spec.always_renormalise or read.flag("norm_topk_prob"),
         moe_intermediate_size=read.integer(*spec.width_keys),
-        intermediate_size=read.integer("intermediate_size", default=0),
+        intermediate_size=read.count("intermediate_size", default=0),
         shared_expert_intermediate_size=(
             read.integer("shared_expert_intermediate_size") if spec.shared_expert else 0
         ),
-        qkv_bias=bool(spec.qkv_bias_key and read.get(spec.qkv_bias_key)),
-        o_bias=bool(spec.o_bias_key and read.get(spec.o_bias_key)),
+        qkv_bias=spec.qkv_bias_key is not None and read.flag(spec.qkv_bias_key),
+        o_bias=spec.o_bias_key is not None and read.flag(spec.o_bias_key),
         clip_qkv=read.number("clip_qkv") if read.get("clip_qkv") is not None else None,
         sliding_windows=_sliding_windows(read, spec, layers),
         moe_layers=_moe_layers(read, layers),
@@ -158,22 +170,33 @@ class _Reader:
         value = self.raw.get(key)
         return self.defaults.get(key) if value is None else value
 
-    def integer(self, *keys: str, default: int | None = None, limit: int = 1 << 31) -> int:
+    def integer(self, *keys: str, default: int | None = None, limit: int = 1 << 31, least: int = 1) -> int:
+        """A whole number from `least` to `limit`, under the first of `keys` that is there."""
         value = next((v for key in keys if (v := self.get(key)) is not None), default)
         if value is None:
             raise ConfigError(f"config.json: {' or '.join(keys)} is missing")
-        floor = 0 if default == 0 else 1
-        if isinstance(value, bool) or not isinstance(value, int) or not floor <= value <= limit:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= limit:
+            given = str(value)[:40]
             raise ConfigError(
-                f"config.json: {keys[0]} is {value!r}, not a whole number from {floor} to {limit}"
+                f"config.json: {keys[0]} is {given}, not a whole number from {least} to {limit}"
             )
         return value
 
+    def count(self, key: str, default: int) -> int:
+        """Like `integer`, and may be zero."""
+        return self.integer(key, default=default, least=0)
+
     def number(self, key: str, source: Mapping[str, Any] | None = None) -> float:
         value = self.get(key) if source is None else source.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ConfigError(f"config.json: {key} is {value!r}, not a positive number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST_NUMBER:
+            raise ConfigError(f"config.json: {key} is {str(value)[:40]}, not a positive number")
         return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise ConfigError(f"config.json: {key} is {value!r}, neither true nor false")
+        return bool(value)
 
 
 def _rope(read: _Reader) -> RopeConfig:
@@ -183,36 +206,28 @@ def _rope(read: _Reader) -> RopeConfig:
         raise ConfigError(f"config.json: rope parameters are a {type(parameters).__name__}, not an object")
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in ROPE_TYPES:
-        raise ConfigError(
-            f"config.json: rope type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
-        )
-    theta = read.number(
-        "rope_theta", {"rope_theta": parameters.get("rope_theta") or read.get("rope_theta") or 1e4}
-    )
+        known = ", ".join(ROPE_TYPES)
+        raise ConfigError(f"config.json: rope type {kind!r} is not supported; supported: {known}")
+    thetas = (parameters.get("rope_theta"), read.get("rope_theta"), 1e4)
+    theta = read.number("rope_theta", {"rope_theta": next(t for t in thetas if t is not None)})
+    if theta <= 1:
+        raise ConfigError(f"config.json: rope_theta is {theta}; it must be above 1")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError("config.json: partial_rotary_factor other than 1 is not supported for this family")
-    needed = {
-        "default": (),
-        "linear": ("factor",),
-        "yarn": (),
-        "llama3": ("low_freq_factor", "high_freq_factor", "factor"),
-    }
-    for key in needed[kind]:
-        read.number(key, parameters)
     if kind in ("yarn", "llama3"):
-        original = read.get("original_max_position_embeddings") or parameters.get(
-            "original_max_position_embeddings"
-        )
-        parameters = {
-            **parameters,
-            "original_max_position_embeddings": original or read.integer("max_position_embeddings"),
-        }
-        read.number("original_max_position_embeddings", parameters)
-        if parameters.get("factor") is None:
-            parameters["factor"] = (
-                read.integer("max_position_embeddings") / parameters["original_max_position_embeddings"]
-            )
-        read.number("factor", parameters)
+        positions = read.integer("max_position_embeddings")
+        sources = (read.get(_ORIGINAL), parameters.get(_ORIGINAL), positions)
+        parameters = parameters | {_ORIGINAL: next(p for p in sources if p is not None)}
+        read.number(_ORIGINAL, parameters)
+        if kind == "yarn" and parameters.get("factor") is None:
+            parameters["factor"] = positions / parameters[_ORIGINAL]
+    for key in _ROPE_NUMBERS[kind]:
+        read.number(key, parameters)
+    for key in _YARN_OPTIONS if kind == "yarn" else ():
+        if parameters.get(key) is not None:
+            read.number(key, parameters)
+    if kind == "llama3" and parameters["low_freq_factor"] >= parameters["high_freq_factor"]:
+        raise ConfigError("config.json: low_freq_factor is not below high_freq_factor")
     return RopeConfig(str(kind), theta, dict(parameters))
 
 
@@ -220,26 +235,29 @@ def _sliding_windows(read: _Reader, spec: FamilySpec, layers: int) -> tuple[int 
     window = read.get("sliding_window")
     if spec.sliding_window == "none" or window is None:
         return (None,) * layers
-    if spec.sliding_window != "all" and not read.get("use_sliding_window"):
+    if spec.sliding_window != "all" and not read.flag("use_sliding_window"):
         return (None,) * layers
-    window = read.integer("sliding_window")
     if spec.sliding_window != "layer_types":
-        return (window,) * layers
+        return (read.integer("sliding_window"),) * layers
     types = read.get("layer_types")
     if types is None:  # Qwen2-MoE's rule: every second layer below max_window_layers slides
-        below = read.integer("max_window_layers", default=28)
+        below = read.count("max_window_layers", default=28)
         types = ["sliding_attention" if i % 2 == 0 and i < below else "full_attention" for i in range(layers)]
     if not isinstance(types, list) or len(types) != layers:
         raise ConfigError(f"config.json: layer_types does not name {layers} layers")
+    if "sliding_attention" not in types:
+        return (None,) * layers
+    window = read.integer("sliding_window")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 def _moe_layers(read: _Reader, layers: int) -> tuple[bool, ...]:
     dense = read.get("mlp_only_layers") or []
     step = read.integer("decoder_sparse_step", default=1)
-    if not isinstance(dense, list):
-        raise ConfigError(f"config.json: mlp_only_layers is {dense!r}, not a list")
-    chosen = tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise ConfigError("config.json: mlp_only_layers is not a list of layer numbers")
+    without = set(dense)
+    chosen = tuple(i not in without and (i + 1) % step == 0 for i in range(layers))
     if not any(chosen):
         raise ConfigError("config.json: no layer has experts; this is a dense model")
     return chosen
@@ -257,9 +275,23 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.context is not None and self.context < 16:
-            raise ConfigError(f"--context {self.context} is too small; the least is 16 tokens")
-        if self.threads is not None and not 1 <= self.threads <= 1024:
-            raise ConfigError(f"--threads {self.threads} is not between 1 and 1024")
-        if self.reader not in ("auto", "direct", "buffered", "mmap"):
-            raise ConfigError(f"--reader {self.reader!r} is unknown; known: auto, direct, buffered, mmap")
+        if not isinstance(self.ram_budget, str):
+            raise ConfigError(f"ram_budget is {self.ram_budget!r}, not text such as 16G")
+        if self.policy not in POLICY_NAMES:
+            raise ConfigError(f"unknown policy {self.policy!r}; known are {', '.join(POLICY_NAMES)}")
+        if self.reader not in READER_NAMES:
+            raise ConfigError(f"unknown reader {self.reader!r}; known are {', '.join(READER_NAMES)}")
+        self._check_whole("context", self.context, 16, 1 << 31)
+        self._check_whole("threads", self.threads, 1, 1024)
+        self._check_whole("seed", self.seed, 0, 2**63 - 1)
+
+    @staticmethod
+    def _check_whole(name: str, value: int | None, least: int, most: int) -> None:
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"--{name} {value!r} is not a whole number")
+        if value < least:
+            raise ConfigError(f"--{name} {value} is too small; the least is {least}")
+        if value > most:
+            raise ConfigError(f"--{name} {value} is too large; the most is {most}")

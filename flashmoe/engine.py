@@ -59,7 +59,9 @@ class Engine:
         return logits
 
     def decode_one_token(self, token_id: int, check: Callable[[], None] | None = None) -> Tensor:
-        """Run the token sampled last -> logits [V] of the next one."""
+        """Run the token sampled last -> logits [V] of the next one. ContextError when the context is full."""
+        if self.is_full:
+            raise ContextError(f"the context of {self.context} tokens is full; start afresh with /reset")
         logits = self.decoder.forward([token_id], check=check)
         self.tokens.append(token_id)
         return logits

@@ -24,6 +24,7 @@ class KVCache:
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put [T, G, d] behind the valid tokens; returns views of all [length + T, G, d]."""
         end = self.length + keys.shape[0]
+        assert end <= self.context, "more tokens than the context holds"
         self._keys[layer][self.length : end] = keys
         self._values[layer][self.length : end] = values
         return self._keys[layer][:end], self._values[layer][:end]

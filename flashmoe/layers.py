@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flashmoe.budget import ATTENTION_BLOCK
 from flashmoe.config import ModelConfig, RopeConfig
 
 
@@ -60,7 +61,8 @@ def _yarn(frequencies: Tensor, rope: RopeConfig, head_dim: int) -> tuple[Tensor,
     if given.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (max(high - low, 0.001))).clamp(0, 1)
+    span = high - low if high != low else 0.001
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
     return frequencies / factor * ramp + frequencies * (1 - ramp), float(attention_factor)
 
 
@@ -89,15 +91,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
     """Causal attention of the last T of S tokens: q [T, H, d], keys and values [S, G, d] -> [T, H * d].
 
-    `window`: a token sees itself and the window - 1 before it; None: all before it.
+    `window`: a token sees itself and the window - 1 before it; None: all before it. Queries go in blocks, so
+    that the scores [H, block, S] stay small however long the context is.
     """
     new, total = q.shape[0], keys.shape[0]
-    mask = None
-    if new > 1 or (window is not None and total > window):
-        behind = torch.arange(total - new, total)[:, None] - torch.arange(total)  # [T, S], >= 0: at or before
-        mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)
-    y = functional.scaled_dot_product_attention(
-        q.transpose(0, 1)[None], keys.transpose(0, 1)[None], values.transpose(0, 1)[None],
-        attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1],
-    )  # fmt: skip  # [1, H, T, d]
-    return y[0].transpose(0, 1).reshape(new, -1)
+    keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]  # [1, G, S, d]
+    block = max(1, ATTENTION_BLOCK // (q.shape[1] * total))
+    outputs: list[Tensor] = []
+    for begin in range(0, new, block):
+        queries = q[begin : begin + block]
+        mask = _visible(total - new + begin, len(queries), total, window)
+        y = functional.scaled_dot_product_attention(
+            queries.transpose(0, 1)[None],
+            keys,
+            values,
+            attn_mask=mask,
+            enable_gqa=q.shape[1] != keys.shape[1],
+        )  # [1, H, block, d]
+        outputs.append(y[0].transpose(0, 1).reshape(len(queries), -1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _visible(first: int, new: int, total: int, window: int | None) -> Tensor | None:
+    """Which of `total` keys the queries at positions [first, first + new) see: [new, total] bool; None:
+    all."""
+    if new == 1 and first == total - 1 and (window is None or total <= window):
+        return None
+    position, key = torch.arange(first, first + new)[:, None], torch.arange(total)
+    visible = key <= position
+    return visible if window is None else visible & (key > position - window)

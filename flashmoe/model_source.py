@@ -1,15 +1,12 @@
 """From what the user calls a model to a folder: a path, a Hugging Face repo id, or nothing (the demo
 model)."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from flashmoe.errors import ConfigError
 
 FILES = ["*.safetensors", "*.json", "*.jinja"]
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
@@ -21,33 +18,54 @@ def find_model(model: str | None, progress: Progress | None = None) -> Path:
         from flashmoe.demo_model.in_child import build_in_child
 
         return build_in_child(progress)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(model).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"no folder {model[:80]}: {error}") from error
+    if is_folder:
         return folder
-    if folder.exists():
+    if exists:
         raise ConfigError(
             f"{model} is a file; --model takes the folder that holds config.json and the safetensors"
         )
-    if not _REPO_ID.fullmatch(model):
+    repo_id, _, revision = model.partition("@")
+    if not _is_repo_id(repo_id):
         raise ConfigError(
             f"no folder {model}; --model takes a folder of safetensors or a repo id such as owner/name"
         )
-    return _from_hub(*model.partition("@")[::2])
+    return _from_hub(repo_id, revision or None)
 
 
-def _from_hub(repo_id: str, revision: str) -> Path:
+def _is_repo_id(text: str) -> bool:
+    """owner/name, as the Hugging Face Hub allows it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not listed
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return text.isascii() and text.count("/") == 1
+
+
+def _from_hub(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    chosen = revision or None
     try:
-        return Path(snapshot_download(repo_id, revision=chosen, allow_patterns=FILES, local_files_only=True))
+        snapshot = snapshot_download(repo_id, revision=revision, allow_patterns=FILES, local_files_only=True)
+        if any(Path(snapshot).glob("*.safetensors")):  # else somebody fetched its config or tokenizer only
+            return Path(snapshot)
     except LocalEntryNotFoundError:
         pass  # not in the cache: download it, with the library's own progress bars
     try:
-        return Path(snapshot_download(repo_id, revision=chosen, allow_patterns=FILES))
+        snapshot = snapshot_download(repo_id, revision=revision, allow_patterns=FILES)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"{repo_id} is no local folder, not in the Hugging Face cache, and cannot be downloaded: {reason}"
         ) from error
+    if not any(Path(snapshot).glob("*.safetensors")):
+        raise ConfigError(f"{repo_id} has no safetensors; only such models can be run")
+    return Path(snapshot)

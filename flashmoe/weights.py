@@ -72,6 +72,9 @@ class CheckpointLayout:
             for expert in range(config.num_experts)
         }
         dense = [(self._tensor(name, shape), widen) for name, shape, widen in self._dense_tensors()]
+        for layer in range(config.num_hidden_layers):  # these three become one matrix
+            names = [f"model.layers.{layer}.self_attn.{part}_proj.weight" for part in "qkv"]
+            self._one_dtype(names[0], *(checkpoint.tensors[name] for name in names))
         self.dense_bytes = sum(
             i.nbytes // ITEM_BYTES[i.dtype] * 4 if widen else i.nbytes for i, widen in dense
         )
@@ -194,10 +197,8 @@ def load_dense(layout: CheckpointLayout, progress: Callable[[int], None] | None 
         return read(name).float()
 
     def stacked(names: list[str]) -> Tensor:
-        """Matrices with equal columns, one below the other; read in place when they share a dtype."""
+        """Matrices with equal columns, one below the other, read in place."""
         infos = [layout.checkpoint.tensors[name] for name in names]
-        if len({info.dtype for info in infos}) > 1:
-            return torch.cat([read(name).float() for name in names])
         whole = torch.empty(sum(i.shape[0] for i in infos), infos[0].shape[1], dtype=DTYPES[infos[0].dtype])
         row = 0
         for name, info in zip(names, infos, strict=True):

@@ -75,4 +75,8 @@ class ExpertFFN:
     @staticmethod
     def combine(products: Tensor, top_k: int) -> Tensor:
         """products [T*K, D] -> [T, D], each token's K rows added in top-k order."""
-        return products.view(-1, top_k, products.shape[1]).sum(dim=1)
+        rows = products.view(-1, top_k, products.shape[1])
+        total = rows[:, 0].clone()
+        for k in range(1, top_k):
+            total += rows[:, k]
+        return total

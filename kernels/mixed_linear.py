@@ -3,6 +3,7 @@
 The weights are widened to fp32 exactly, a block of rows at a time, into one scratch buffer that stays in the
 processor's cache; the product is then an fp32 one. So the result is that of an fp32 model with these weights,
 the memory traffic is that of the stored bytes, and the bits do not depend on where in memory the weights lie.
+Only fp32 weights are used where they are; a slot keeps their place in the page, so theirs do not either.
 """
 
 from collections.abc import Iterator

@@ -9,7 +9,8 @@ buffer far larger than any cache). Many tokens are bound by arithmetic: GFLOP/s.
 
 Ways take turns, so that a busy neighbour slows all of them; figures are medians with the range. Each pass
 goes through 256 MiB of experts where arithmetic allows, so that none is in a cache. Weights are random:
-their values do not change the speed. Prints a table and, as its last line, one JSON object.
+their values do not change the speed. The block size in use appears twice: the difference is noise.
+Prints a table and, as its last line, one JSON object.
 """
 
 import argparse

@@ -134,7 +134,7 @@ def test_raw_without_a_prompt_on_a_terminal_is_wrong_usage(
         (["--temperature", "-1"], "temperature -1.0 should be"),
         (["--temperature", "nan"], "temperature nan should be"),
         (["--stop", ""], "stop ('',) should be"),
-        (["--threads", "0"], "--threads 0 is not between"),
+        (["--threads", "0"], "--threads 0 is too small; the least is 1"),
         (["--stats-json", "/no/such/folder/s.json"], "cannot write statistics to /no/such/folder/s.json"),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from flashmoe.config import CONFIG_BYTES_LIMIT, ModelConfig, RunConfig, load_model_config, parse_model_config
 from flashmoe.errors import ConfigError
-from flashmoe.layers import inverse_frequencies
+from flashmoe.layers import Rotary, inverse_frequencies
 from flashmoe.models import FAMILIES
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle; pip install -e .[dev]")
@@ -155,11 +155,25 @@ def default_config(family: str, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", CLASSES)
-@pytest.mark.parametrize("key", OPTIONAL)
-def test_an_optional_key_left_out_takes_the_default_of_transformers(family: str, key: str) -> None:
-    raw = default_config(family, num_hidden_layers=2)
-    raw.pop(key, None)
-    assert_same_model(parse_model_config(raw), raw)
+def test_a_key_left_out_takes_the_default_of_transformers_or_is_asked_for(family: str) -> None:
+    for key in default_config(family):
+        raw = default_config(family, num_hidden_layers=2)
+        del raw[key]
+        try:
+            ours = parse_model_config(raw)
+        except ConfigError as error:
+            assert "is missing" in str(error) or key == "model_type"
+            assert key not in OPTIONAL
+        else:
+            assert_same_model(ours, raw)
+
+
+def test_no_key_value_heads_means_one_for_each_head_but_only_where_it_says_so() -> None:
+    """Left out, transformers takes the family's default; null is as many as there are heads."""
+    raw = default_config("mixtral", num_hidden_layers=1)
+    assert parse_model_config(raw | {"num_key_value_heads": None}).num_key_value_heads == 32
+    del raw["num_key_value_heads"]
+    assert parse_model_config(raw).num_key_value_heads == 8
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -210,7 +224,7 @@ def test_unknown_keys_are_ignored() -> None:
 # Sliding windows and dense layers
 
 
-@pytest.mark.parametrize("below", [1, 2, 3, 4, 28])
+@pytest.mark.parametrize("below", [0, 1, 2, 3, 4, 28])
 def test_qwen2_moe_slides_where_transformers_does(below: int) -> None:
     raw = tiny("qwen2_moe", use_sliding_window=True, sliding_window=5, max_window_layers=below)
     ours = parse_model_config(raw)
@@ -271,6 +285,9 @@ def test_an_unknown_architecture_names_the_supported_ones() -> None:
 def test_a_quantised_checkpoint_is_refused_by_its_method() -> None:
     with pytest.raises(ConfigError, match="fp8 quantised checkpoints are not supported; use the bf16 one"):
         parse_model_config(tiny(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}))
+    for nonsense in ("fp8", 5, True, [1]):
+        with pytest.raises(ConfigError, match="quantised checkpoints are not supported"):
+            parse_model_config(tiny(quantization_config=nonsense))
 
 
 SIZES = (
@@ -287,7 +304,7 @@ def test_a_size_that_is_no_count_is_refused_by_name(key: str, value: Any) -> Non
 
 
 @pytest.mark.parametrize("key", ["rms_norm_eps", "clip_qkv", "rope_theta"])
-@pytest.mark.parametrize("value", [-1e-6, float("nan"), float("inf"), True, "1e-6", [1e-6]])
+@pytest.mark.parametrize("value", [0, -1e-6, float("nan"), float("inf"), 10**400, True, "1e-6", [1e-6]])
 def test_a_number_that_is_not_positive_is_refused_by_name(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"config.json: {key} is .*, not a positive number"):
         parse_model_config(tiny("olmoe", **{key: value}))
@@ -300,17 +317,27 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (dict(hidden_act="swiglu"), "hidden_act 'swiglu' is not supported; supported: silu"),
     (dict(hidden_act=["silu"]), "is not supported"),
     (dict(num_hidden_layers=10_001), "num_hidden_layers is 10001"),
-    (dict(mlp_only_layers="0"), "mlp_only_layers is '0', not a list"),
+    (dict(mlp_only_layers="0"), "mlp_only_layers is not a list of layer numbers"),
+    (dict(mlp_only_layers=[True]), "mlp_only_layers is not a list of layer numbers"),
+    (dict(mlp_only_layers=["1"]), "mlp_only_layers is not a list of layer numbers"),
+    (dict(hidden_act=[]), "hidden_act [] is not supported"),
+    (dict(hidden_size=2), "head_dim 1 is odd"),  # fewer features than heads
+    (dict(tie_word_embeddings="false"), "tie_word_embeddings is 'false', neither true nor false"),
+    (dict(norm_topk_prob="no"), "norm_topk_prob is 'no', neither true nor false"),
+    (dict(attention_bias=[0]), "attention_bias is [0], neither true nor false"),
+    (dict(use_sliding_window="no", sliding_window=5), "use_sliding_window is 'no', neither true nor false"),
     (dict(decoder_sparse_step=0), "decoder_sparse_step is 0"),
     (dict(use_sliding_window=True, sliding_window=0), "sliding_window is 0"),
-    (dict(use_sliding_window=True, sliding_window="8"), "sliding_window is '8'"),
+    (dict(use_sliding_window=True, sliding_window="8"), "sliding_window is"),
     (dict(rope_scaling=[2.0]), "rope parameters are a list, not an object"),
     (dict(rope_scaling={"type": "dynamic"}), "rope type 'dynamic' is not supported; supported: default"),
     (dict(rope_scaling={"type": ["yarn"]}), "rope type"),
     (dict(rope_scaling={"type": "linear"}), "factor is None"),
     (dict(rope_scaling={"type": "linear", "factor": 0}), "factor is 0"),
-    (dict(rope_scaling={"type": "llama3", "low_freq_factor": 1.0}), "high_freq_factor is None"),
-    (dict(rope_scaling={"type": "yarn", "factor": "4"}), "factor is '4'"),
+    (dict(rope_scaling={"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}), "high_freq_factor is"),
+    (dict(rope_scaling=LLAMA3 | {"type": "llama3", "low_freq_factor": 4.0}), "is not below high_freq_factor"),
+    (dict(rope_theta=1), "rope_theta is 1.0; it must be above 1"),
+    (dict(rope_scaling={"type": "yarn", "factor": "4"}), "factor is"),
     (dict(rope_scaling={"type": "yarn"}, original_max_position_embeddings=-64), "embeddings is -64"),
     (dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
 ]
@@ -323,9 +350,21 @@ def test_what_cannot_work_is_refused_with_its_reason(changes: dict[str, Any], me
     assert message in str(caught.value)
 
 
-KEYS = st.sampled_from([*tiny("qwen2_moe"), *OPTIONAL, "num_local_experts", "rope_theta", "rope_scaling"])
-SCALARS = st.none() | st.booleans() | st.integers(-(2**80), 2**80) | st.floats() | st.text(max_size=5)
-WORDS = st.sampled_from(["linear", "yarn", "llama3", "type", "rope_type", "factor", "rope_theta"])
+KEYS = st.sampled_from(
+    [*tiny("qwen2_moe"), *OPTIONAL, "num_local_experts", "rope_theta", "rope_scaling", "quantization_config"]
+)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.just(10**400)
+    | st.integers(-(2**80), 2**80)
+    | st.floats()
+    | st.text(max_size=5)
+)
+WORDS = st.sampled_from([
+    "linear", "yarn", "llama3", "type", "rope_type", "factor", "rope_theta", "beta_fast", "attention_factor",
+    "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+])  # fmt: skip
 VALUES = st.recursive(
     SCALARS | WORDS,
     lambda inner: (
@@ -336,7 +375,9 @@ VALUES = st.recursive(
 
 @settings(deadline=None, max_examples=300)
 @given(family=st.sampled_from([*CLASSES]), changes=st.dictionaries(KEYS, VALUES, max_size=4))
-def test_any_values_either_parse_or_raise_config_error(family: str, changes: dict[str, Any]) -> None:
+def test_any_values_either_parse_to_something_usable_or_raise_config_error(
+    family: str, changes: dict[str, Any]
+) -> None:
     try:
         config = parse_model_config(tiny(family) | changes)
     except ConfigError as error:
@@ -344,6 +385,26 @@ def test_any_values_either_parse_or_raise_config_error(family: str, changes: dic
     else:
         assert len(config.moe_layers) == len(config.sliding_windows) == config.num_hidden_layers
         assert config.num_attention_heads % config.num_key_value_heads == 0
+        if config.head_dim <= 4096:  # a larger one has no tensors to match; allocate nothing for it here
+            assert Rotary(config, 4).at(0, 4)[0].isfinite().all()
+
+
+YARN_NONSENSE: list[dict[str, Any]] = [
+    dict(beta_fast="32"), dict(beta_fast=-1), dict(mscale=[1], mscale_all_dim=1), dict(attention_factor="x"),
+    dict(attention_factor=float("nan")), dict(mscale=-50, mscale_all_dim=-7), dict(rope_theta=1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", YARN_NONSENSE)
+def test_yarn_values_that_cannot_work_are_refused_when_the_config_is_read(bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        parse_model_config(tiny(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4) | bad))
+
+
+def test_a_list_of_a_million_dense_layers_is_read_at_once() -> None:
+    """4 MiB of JSON hold as many; looking each layer up in the list itself would take minutes."""
+    raw = tiny(num_hidden_layers=10_000, mlp_only_layers=[-1] * 1_000_000)
+    assert parse_model_config(raw).num_moe_layers == 10_000
 
 
 # The file
@@ -394,14 +455,22 @@ def test_run_config_has_defaults_for_everything_but_refuses_unknown_options() ->
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(context=15), "--context 15 is too small; the least is 16 tokens"),
+    (dict(context=15), "--context 15 is too small; the least is 16"),
     (dict(context=0), "--context 0 is too small"),
     (dict(context=-4096), "--context -4096 is too small"),
-    (dict(threads=0), "--threads 0 is not between 1 and 1024"),
+    (dict(threads=0), "--threads 0 is too small; the least is 1"),
     (dict(threads=-2), "--threads -2"),
-    (dict(threads=1025), "--threads 1025"),
-    (dict(reader="io_uring"), "--reader 'io_uring' is unknown; known: auto, direct, buffered, mmap"),
-    (dict(reader=""), "--reader ''"),
+    (dict(threads=1025), "--threads 1025 is too large; the most is 1024"),
+    (dict(context="512"), "--context '512' is not a whole number"),
+    (dict(context=512.5), "--context 512.5 is not a whole number"),
+    (dict(threads=True), "--threads True is not a whole number"),
+    (dict(seed="x"), "--seed 'x' is not a whole number"),
+    (dict(seed=-1), "--seed -1 is too small"),
+    (dict(ram_budget=5), "ram_budget is 5, not text such as 16G"),
+    (dict(policy="nope"), "unknown policy 'nope'; known are "),
+    (dict(policy=""), "unknown policy ''"),
+    (dict(reader="io_uring"), "unknown reader 'io_uring'; known are auto, direct, buffered, mmap"),
+    (dict(reader=""), "unknown reader ''"),
 ])  # fmt: skip
 def test_an_impossible_option_is_refused_by_its_flag(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:

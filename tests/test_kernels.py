@@ -240,7 +240,7 @@ def test_combine_adds_each_tokens_own_products() -> None:
     assert torch.equal(ExpertFFN.combine(products, 1), products)
 
 
-@pytest.mark.parametrize("top_k", [2, 3, 4])
+@pytest.mark.parametrize("top_k", [2, 3, 4, 5, 8, 17])
 def test_combine_adds_in_top_k_order(top_k: int) -> None:
     """Of sums that round, the one from the first choice on: the bits tell."""
     products = random(5 * top_k, 67) * 10 ** random(5 * top_k, 1, seed=1)

@@ -62,7 +62,7 @@ def assert_rope_of_transformers(rope: dict[str, Any], head_dim: int, positions: 
     assert our_factor == pytest.approx(factor, rel=1e-12)
 
 
-THETA = st.sampled_from([1e4, 1e6, 5e5])
+THETA = st.sampled_from([1e4, 1e6, 5e5, 17.0])
 HEAD_DIM = st.sampled_from([2, 6, 16, 64, 128])
 POSITIONS = st.sampled_from([256, 4096, 131072])
 FACTOR = st.sampled_from([1.0, 1.5, 4.0, 8.0, 40.0])
@@ -105,7 +105,7 @@ def test_llama3_rope_has_the_frequencies_of_transformers(
             beta_fast=st.sampled_from([32, 16.0, 64, None]),
             beta_slow=st.sampled_from([1, 2.0, None]),
             attention_factor=st.sampled_from([0.7, 1.0, None]),
-            mscale=st.sampled_from([0.707, 1.0, 0, None]),
+            mscale=st.sampled_from([0.707, 1.0, None]),
             mscale_all_dim=st.sampled_from([0.707, 1.0, None]),
             truncate=st.booleans(),
         ),

@@ -147,6 +147,14 @@ def test_the_three_matrices_of_an_expert_must_share_a_dtype(tmp_path: Path) -> N
         layout_of(tmp_path, config_of("olmoe"), tensors | {name: tensors[name].float()})
 
 
+def test_the_query_key_and_value_matrices_of_a_layer_must_share_a_dtype(tmp_path: Path) -> None:
+    """They are held as one."""
+    tensors = tensors_of("olmoe")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    with pytest.raises(ModelError, match=r"beside model.layers.1.self_attn.q_proj.weight mix BF16, F32"):
+        layout_of(tmp_path, config_of("olmoe"), tensors | {name: tensors[name].float()})
+
+
 def test_experts_may_differ_from_each_other_and_from_dense_weights_in_dtype(tmp_path: Path) -> None:
     tensors = tensors_of("olmoe")
     for name in tensors:

@@ -7,25 +7,30 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from flashmoe.demo_model import build_demo_model
 from flashmoe.errors import DemoModelError
 
 
 def main(arguments: list[str]) -> int:
+    def progress(what: str, done: int, total: int) -> None:
+        _report(progress=[what, done, total])
+
     try:
-        folder = build_demo_model(Path(arguments[0]) if arguments else None, _report)
+        folder = build_demo_model(Path(arguments[0]) if arguments else None, progress)
     except DemoModelError as error:
-        print(json.dumps({"error": str(error)}))
+        _report(error=str(error))
         return 1
     except KeyboardInterrupt:
         return 130
-    print(json.dumps({"folder": str(folder)}))
+    _report(folder=str(folder))
     return 0
 
 
-def _report(what: str, done: int, total: int) -> None:
-    print(json.dumps({"progress": [what, done, total]}), flush=True)
+def _report(**message: Any) -> None:
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
