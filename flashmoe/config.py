@@ -176,7 +176,7 @@ class _Reader:
         if value is None:
             raise ConfigError(f"config.json: {' or '.join(keys)} is missing")
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= limit:
-            given = str(value)[:40]
+            given = repr(value)[:40]
             raise ConfigError(
                 f"config.json: {keys[0]} is {given}, not a whole number from {least} to {limit}"
             )
@@ -189,7 +189,7 @@ class _Reader:
     def number(self, key: str, source: Mapping[str, Any] | None = None) -> float:
         value = self.get(key) if source is None else source.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST_NUMBER:
-            raise ConfigError(f"config.json: {key} is {str(value)[:40]}, not a positive number")
+            raise ConfigError(f"config.json: {key} is {repr(value)[:40]}, not a positive number")
         return float(value)
 
     def flag(self, key: str) -> bool:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flashmoe.budget import ATTENTION_BLOCK
 from flashmoe.config import ModelConfig, RopeConfig
+
+QUERY_BLOCK = 128  # queries of attention at once; torch holds 13 bytes of mask for each and each key
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -92,14 +93,14 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Te
     """Causal attention of the last T of S tokens: q [T, H, d], keys and values [S, G, d] -> [T, H * d].
 
     `window`: a token sees itself and the window - 1 before it; None: all before it. Queries go in blocks, so
-    that the scores [H, block, S] stay small however long the context is.
+    that the mask stays small however long the context is.
     """
     new, total = q.shape[0], keys.shape[0]
+    q = q.contiguous()  # or torch does without its fused kernel: ten times slower, and all scores in memory
     keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]  # [1, G, S, d]
-    block = max(1, ATTENTION_BLOCK // (q.shape[1] * total))
     outputs: list[Tensor] = []
-    for begin in range(0, new, block):
-        queries = q[begin : begin + block]
+    for begin in range(0, new, QUERY_BLOCK):
+        queries = q[begin : begin + QUERY_BLOCK]
         mask = _visible(total - new + begin, len(queries), total, window)
         y = functional.scaled_dot_product_attention(
             queries.transpose(0, 1)[None],

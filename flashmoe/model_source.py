@@ -1,6 +1,7 @@
 """From what the user calls a model to a folder: a path, a Hugging Face repo id, or nothing (the demo
 model)."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,17 +56,29 @@ def _from_hub(repo_id: str, revision: str | None) -> Path:
 
     try:
         snapshot = snapshot_download(repo_id, revision=revision, allow_patterns=FILES, local_files_only=True)
-        if any(Path(snapshot).glob("*.safetensors")):  # else somebody fetched its config or tokenizer only
+        if _has_weights(Path(snapshot)):  # else somebody fetched its config or tokenizer only
             return Path(snapshot)
     except LocalEntryNotFoundError:
         pass  # not in the cache: download it, with the library's own progress bars
     try:
         snapshot = snapshot_download(repo_id, revision=revision, allow_patterns=FILES)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"{repo_id} is no local folder, not in the Hugging Face cache, and cannot be downloaded: {reason}"
         ) from error
-    if not any(Path(snapshot).glob("*.safetensors")):
+    if not _has_weights(Path(snapshot)):
         raise ConfigError(f"{repo_id} has no safetensors; only such models can be run")
     return Path(snapshot)
+
+
+def _has_weights(snapshot: Path) -> bool:
+    """Whether all shards are there: the single file, or all that the index names."""
+    index = snapshot / "model.safetensors.index.json"
+    if not index.is_file():
+        return any(snapshot.glob("*.safetensors"))
+    try:
+        named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        return all((snapshot / str(name)).is_file() for name in named)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return True  # a broken index is for `open_checkpoint` to name

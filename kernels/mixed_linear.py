@@ -34,6 +34,8 @@ class MixedLinear:
 
     def _one_token(self, x: Tensor, weight: Tensor) -> Tensor:
         n = weight.shape[0]
+        if weight.numel() <= VECTOR_BLOCK:  # smaller than a block: what the loop costs would show
+            return torch.mv(weight.float(), x).view(1, n)
         y = torch.empty(n)
         for begin, end, block in self._blocks(weight, VECTOR_BLOCK):
             torch.mv(block, x, out=y[begin:end])

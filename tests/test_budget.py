@@ -26,6 +26,7 @@ from flashmoe.budget import (
 from flashmoe.config import MAX_DEFAULT_CONTEXT, ModelConfig, parse_model_config
 from flashmoe.decoder import Decoder
 from flashmoe.errors import BudgetError, ConfigError
+from flashmoe.layers import attention
 from flashmoe.sizes import format_bytes, parse_size
 from flashmoe.weights import DenseWeights, LayerWeights
 from kernels.expert_ffn import ExpertWeights
@@ -358,3 +359,13 @@ def test_the_last_chunk_of_a_context_stays_within_the_workspace(
     config = config_of(num_hidden_layers=1, vocab_size=1000, **SHAPES_OF_CHUNKS[shape])
     before = LINEAR_SCRATCH_BYTES + 2 * 4 * context * config.head_dim
     assert peak_of_the_last_chunk(config, context, tmp_path) <= workspace_bytes(config, context) - before
+
+
+def test_queries_as_the_linear_layer_gives_them_cost_no_copy_of_the_keys(tmp_path: Path) -> None:
+    new, heads, groups, d, total = 512, 32, 4, 64, 4096
+    q = torch.zeros(heads * d, new).t().reshape(new, heads, d)  # MixedLinear returns y.t()
+    keys, values = torch.zeros(total, groups, d), torch.zeros(total, groups, d)
+    with torch.inference_mode():
+        peak = peak_allocated(tmp_path, lambda: attention(q, keys, values, None))
+    one_copy = 4 * total * heads * d
+    assert peak < 13 * new * total + 6 * q.nbytes < 2 * one_copy

@@ -482,3 +482,9 @@ def test_the_smallest_and_largest_options_are_taken() -> None:
     run = RunConfig(context=16, threads=1024, reader="mmap")
     assert (run.context, run.threads, run.reader) == (16, 1024, "mmap")
     assert RunConfig(threads=1).threads == 1
+
+
+@pytest.mark.parametrize("changes", [dict(num_experts="6"), dict(rms_norm_eps="1e-6")])
+def test_a_refused_value_is_shown_as_it_is_written(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="is '"):
+        parse_model_config(tiny(**changes))

@@ -175,3 +175,25 @@ def test_a_failed_download_is_one_line_with_the_hubs_reason(monkeypatch: pytest.
     with pytest.raises(ConfigError) as caught:
         find_model("owner/name")
     assert str(caught.value).endswith("cannot be downloaded: Got: ConnectError: no route to host")
+
+
+def test_a_snapshot_that_lacks_a_shard_is_not_taken_for_the_model(tmp_path: Path) -> None:
+    snapshot = add_snapshot(tmp_path, "owner/name", OLD, refs=("main",))
+    (snapshot / "model.safetensors").rename(snapshot / "model-00001-of-00002.safetensors")
+    weight_map = (
+        '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
+    )
+    (snapshot / "model.safetensors.index.json").write_text(weight_map)
+    ((kind, _),) = ask(tmp_path, "owner/name")
+    assert kind == "refused"
+
+
+def test_a_failed_download_without_a_reason_is_refused_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hub(repo_id: str, **options: Any) -> str:
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        raise LocalEntryNotFoundError("not here") if options.get("local_files_only") else OSError()
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    with pytest.raises(ConfigError, match="cannot be downloaded"):
+        find_model("owner/name")
