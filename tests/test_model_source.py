@@ -183,7 +183,7 @@ def test_a_snapshot_that_lacks_a_shard_is_not_taken_for_the_model(tmp_path: Path
     weight_map = (
         '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
     )
-    (snapshot / "model.safetensors.index.json").write_text(weight_map)
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     ((kind, _),) = ask(tmp_path, "owner/name")
     assert kind == "refused"
 
