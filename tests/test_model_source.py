@@ -180,9 +180,7 @@ def test_a_failed_download_is_one_line_with_the_hubs_reason(monkeypatch: pytest.
 def test_a_snapshot_that_lacks_a_shard_is_not_taken_for_the_model(tmp_path: Path) -> None:
     snapshot = add_snapshot(tmp_path, "owner/name", OLD, refs=("main",))
     (snapshot / "model.safetensors").rename(snapshot / "model-00001-of-00002.safetensors")
-    weight_map = (
-        '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
-    )
+    shards = {part: f"model-0000{part}-of-00002.safetensors" for part in "12"}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     ((kind, _),) = ask(tmp_path, "owner/name")
     assert kind == "refused"
