@@ -65,8 +65,13 @@ class Repetition:
 
     @property
     def bound_tokens_per_s(self) -> float:
-        """If reading and computing overlapped perfectly: tokens / max(compute, bytes read / drive speed)."""
-        return self.tokens / bound_s(self.seconds - self.stall_s, self.bytes_read, self.drive_mb_per_s)
+        """If reading and computing overlapped perfectly: tokens / max(compute, bytes read / drive speed).
+
+        The drive's speed is the probed one, or what it delivered here if that was more: a probe of a third of
+        a second may meet a busy drive.
+        """
+        drive = max(self.drive_mb_per_s, self.read_mb_per_s)
+        return self.tokens / bound_s(self.seconds - self.stall_s, self.bytes_read, drive)
 
     @property
     def share_of_bound(self) -> float:

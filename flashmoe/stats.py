@@ -85,8 +85,12 @@ class GenerationStats:
     @property
     def bound_tokens_per_s(self) -> float:
         """Decode speed if reading and computing overlapped perfectly: steps / max(compute, bytes / drive
-        speed)."""
-        least_s = bound_s(self.decode_s - self.decode_stall_s, self.decode_bytes_read, self.drive_mb_per_s)
+        speed).
+
+        The drive's speed is the probed one, or what it delivered in this generation if that was more.
+        """
+        drive = max(self.drive_mb_per_s, self.read_mb_per_s)
+        least_s = bound_s(self.decode_s - self.decode_stall_s, self.decode_bytes_read, drive)
         return self.decode_steps / least_s if least_s > 0 else 0.0
 
     def as_dict(self, per_token: bool = False) -> dict[str, Any]:

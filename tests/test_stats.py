@@ -22,7 +22,7 @@ def measured() -> GenerationStats:
         text="Paris.", token_ids=[7] * 11, finish_reason="stop", prompt_tokens=100, cached_tokens=20,
         prefill_tokens=80, decode_tokens=11, decode_steps=10, prefill_s=4.0, decode_s=5.0,
         time_to_first_token_s=4.1, hits=90, misses=60, expert_bytes_read=1500 * MB, stall_s=5.0,
-        read_s=6.0, decode_hits=75, decode_misses=25, decode_bytes_read=600 * MB,
+        read_s=7.5, decode_hits=75, decode_misses=25, decode_bytes_read=600 * MB,
         decode_stall_s=3.0, drive_mb_per_s=200.0,
         peak_rss_bytes=3 << 30, rss_bytes=2 << 30, ram_budget_bytes=4 << 30, policy="lru", reader="direct",
         tokens=[TokenStats(7, "Paris", 0.5, 0.3, 7, 1, 60 * MB)],
@@ -35,7 +35,7 @@ def test_speeds_and_shares_follow_from_the_counts() -> None:
     assert stats.decode_tokens_per_s == 2.0  # ten steps in 5 s: the eleventh token came out of prefill
     assert stats.hit_rate == 0.6 and stats.decode_hit_rate == 0.75
     assert stats.bytes_per_token == 60 * MB
-    assert stats.read_mb_per_s == 250.0  # 1500 MB in 6 s with reads in flight
+    assert stats.read_mb_per_s == 200.0  # 1500 MB in 7.5 s with reads in flight
 
 
 def test_the_bound_is_the_slower_of_computing_and_reading() -> None:
@@ -44,6 +44,40 @@ def test_the_bound_is_the_slower_of_computing_and_reading() -> None:
     stats.drive_mb_per_s = 1000.0
     assert stats.bound_tokens_per_s == pytest.approx(10 / 2.0)
     stats.decode_bytes_read = 0
+    assert stats.bound_tokens_per_s == pytest.approx(10 / 2.0)
+
+
+def test_no_speed_is_above_its_bound_when_all_time_is_accounted_for() -> None:
+    stats = measured()
+    assert stats.decode_tokens_per_s <= stats.bound_tokens_per_s
+
+
+def test_nothing_done_yet_gives_zeros_not_errors() -> None:
+    stats = GenerationStats()
+    derived = (
+        stats.prefill_tokens_per_s, stats.decode_tokens_per_s, stats.hit_rate, stats.decode_hit_rate,
+        stats.bytes_per_token, stats.read_mb_per_s, stats.bound_tokens_per_s,
+    )  # fmt: skip
+    assert derived == (0.0,) * 7
+    assert "0.0 tok/s" in stats.line() and "hit rate" in str(stats)
+    assert json.loads(json.dumps(stats.as_dict()))["finish_reason"] is None
+
+
+def test_one_token_without_a_decode_step_has_no_decode_speed() -> None:
+    stats = GenerationStats(decode_tokens=1, prefill_tokens=5, prefill_s=2.0, hits=3, misses=1)
+    assert stats.decode_tokens_per_s == stats.bound_tokens_per_s == stats.bytes_per_token == 0.0
+    assert stats.prefill_tokens_per_s == 2.5 and stats.hit_rate == 0.75
+
+
+def test_a_drive_that_delivers_more_than_its_probe_is_held_to_what_it_delivered() -> None:
+    stats = measured()
+    stats.read_s = 5.0  # 1500 MB in 5 s; the probe said 200 MB/s
+    assert stats.bound_tokens_per_s == pytest.approx(10 / 2.0)  # 600 MB at 300 MB/s take as long as computing
+
+
+def test_a_drive_that_was_neither_probed_nor_read_leaves_only_the_computing_in_the_bound() -> None:
+    stats = measured()
+    stats.drive_mb_per_s = stats.read_s = 0.0
     assert stats.bound_tokens_per_s == pytest.approx(10 / 2.0)
 
 
@@ -110,7 +144,7 @@ def test_the_table_names_every_figure_with_its_unit() -> None:
     assert table["prefill"] == "20.0 tok/s, first token after 4.10 s"
     assert table["decode"] == "11 tokens, 2.00 tok/s (bound 3.33)"
     assert table["hit rate"] == "75.0% in decode (75 hits, 25 misses), 60.0% with prefill"
-    assert table["read"] == "60.0 MB a token, 1500 MB in all, at 250 MB/s (probed: 200, direct)"
+    assert table["read"] == "60.0 MB a token, 1500 MB in all, at 200 MB/s (probed: 200, direct)"
     assert table["stall"] == "5.00 s waiting for reads, 3.00 s of it in decode"
     assert table["memory"] == "RSS 2.0 GiB, peak 3.0 GiB of 4.0 GiB"
     assert table["policy"] == "lru"
