@@ -72,40 +72,12 @@ def test_one_token_without_a_decode_step_has_no_decode_speed() -> None:
 def test_a_drive_that_delivers_more_than_its_probe_is_held_to_what_it_delivered() -> None:
     stats = measured()
     stats.read_s = 5.0  # 1500 MB in 5 s; the probe said 200 MB/s
-    assert stats.bound_tokens_per_s == pytest.approx(10 / 2.0)  # 600 MB at 300 MB/s take as long as computing
+    assert stats.bound_tokens_per_s == pytest.approx(10 / 2.0)  # 600 MB at 300 MB/s: as long as computing
 
 
 def test_a_drive_that_was_neither_probed_nor_read_leaves_only_the_computing_in_the_bound() -> None:
     stats = measured()
     stats.drive_mb_per_s = stats.read_s = 0.0
-    assert stats.bound_tokens_per_s == pytest.approx(10 / 2.0)
-
-
-def test_no_speed_is_above_its_bound_when_all_time_is_accounted_for() -> None:
-    stats = measured()
-    assert stats.decode_tokens_per_s <= stats.bound_tokens_per_s
-
-
-def test_nothing_done_yet_gives_zeros_not_errors() -> None:
-    stats = GenerationStats()
-    derived = (
-        stats.prefill_tokens_per_s, stats.decode_tokens_per_s, stats.hit_rate, stats.decode_hit_rate,
-        stats.bytes_per_token, stats.read_mb_per_s, stats.bound_tokens_per_s,
-    )  # fmt: skip
-    assert derived == (0.0,) * 7
-    assert "0.0 tok/s" in stats.line() and "hit rate" in str(stats)
-    assert json.loads(json.dumps(stats.as_dict()))["finish_reason"] is None
-
-
-def test_one_token_without_a_decode_step_has_no_decode_speed() -> None:
-    stats = GenerationStats(decode_tokens=1, prefill_tokens=5, prefill_s=2.0, hits=3, misses=1)
-    assert stats.decode_tokens_per_s == stats.bound_tokens_per_s == stats.bytes_per_token == 0.0
-    assert stats.prefill_tokens_per_s == 2.5 and stats.hit_rate == 0.75
-
-
-def test_a_drive_that_was_not_probed_leaves_only_the_computing_in_the_bound() -> None:
-    stats = measured()
-    stats.drive_mb_per_s = 0.0
     assert stats.bound_tokens_per_s == pytest.approx(10 / 2.0)
 
 
