@@ -17,9 +17,9 @@ PREFILL_CHUNK = 512  # tokens; the same for every budget, or the bits of a long 
 SMALLEST_DEFAULT_CONTEXT = 512
 # Share of what is left after the fixed parts that the KV cache may take when the user names no context.
 KV_SHARE = 0.25
-# Library code and buffers touched only after planning (math library threads, allocator slack). With smolmoe,
-# a context of 4096 tokens and a prompt of 4000 they took 16 MiB; the rest is for more threads.
-LATE_PROCESS_BYTES = 96 << 20
+# Library code and buffers touched only after planning: math library threads, allocator slack. With two
+# threads they took up to 80 MiB (docs/benchmarks.md); the rest is for more threads.
+LATE_PROCESS_BYTES = 128 << 20
 LINEAR_SCRATCH_BYTES = 16 << 20  # kernels.mixed_linear
 MASK_BYTES = 13 * 128  # for each token of context: flashmoe.layers.QUERY_BLOCK queries at once
 
