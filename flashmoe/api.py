@@ -17,7 +17,7 @@ from typing import Any
 
 from flashmoe.budget import BudgetPlan
 from flashmoe.config import RunConfig
-from flashmoe.errors import ConfigError, FlashMoEError, ModelError
+from flashmoe.errors import ConfigError, FlashMoEError
 from flashmoe.loader import load_engine, open_model, plan_model
 from flashmoe.model_source import Progress, find_model
 from flashmoe.sampler import Sampler, SamplingParams, StopStrings
@@ -86,6 +86,7 @@ class LLM:
         self.engine, self.expert_cache, self.probed = loaded.engine, loaded.cache, loaded.probed
         self.dense_load_s = loaded.dense_load_s
         self._closed = False
+        self._generations = 0  # begun so far
 
     def chat(self, system: str | None = None, **sampling: Any) -> "Chat":
         """A conversation; `sampling` as in `SamplingParams`, kept for every turn."""
@@ -122,13 +123,9 @@ class LLM:
 
         `cancel` is asked before every layer. An error or a closed iterator leaves engine and cache usable.
         """
-        if self._closed:
-            raise FlashMoEError("this LLM is closed; open a new one")
-        if max(prompt, default=0) >= self.config.vocab_size:
-            raise ModelError(
-                f"the tokenizer made id {max(prompt)}; the model knows {self.config.vocab_size}:"
-                " they do not belong together"
-            )
+        self._generations += 1
+        number = self._generations
+        self._check_turn(number)
         recorder = _Recorder(self, stats)
         check = _checker(cancel)
         sampler = Sampler(params, self.config.vocab_size)
@@ -152,6 +149,7 @@ class LLM:
                 recorder.token(token, emitted)
                 yield Piece(emitted, token, stats.finish_reason)
                 if stats.finish_reason is None:
+                    self._check_turn(number)
                     recorder.step_begins()
                     logits = self.engine.decode_one_token(token, check)
         except _Cancelled:
@@ -161,6 +159,15 @@ class LLM:
             yield Piece(rest, None, "cancelled")
         finally:
             recorder.finish()
+
+    def _check_turn(self, number: int) -> None:
+        """There is one KV cache: a generation cannot go on once another has begun."""
+        if self._closed:
+            raise FlashMoEError("this LLM is closed; open a new one")
+        if number != self._generations:
+            raise FlashMoEError(
+                "another generation began on this LLM; finish one before the next, or open two"
+            )
 
     def _finish_reason(self, stopped: bool, generated: int, params: SamplingParams) -> str | None:
         if stopped:
@@ -316,11 +323,13 @@ def _checker(cancel: Callable[[], bool] | None) -> Callable[[], None] | None:
 
 def _read_generation_config(folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
     try:
         values = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not an object")

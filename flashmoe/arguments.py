@@ -118,7 +118,7 @@ def _add_running_options(parser: argparse.ArgumentParser) -> None:
         "--reader",
         choices=("auto", "direct", "buffered", "mmap"),
         default="auto",
-        help="how experts are read (default: auto, the fastest on this drive)",
+        help="how experts are read (default: auto, direct or buffered by a probe)",
     )
     add("--threads", type=int, metavar="N", help="threads that compute (default: one a core)")
 

@@ -107,8 +107,7 @@ def plan_budget(config: ModelConfig, sizes: Sizes, budget_bytes: int, context: i
             f"RAM budget {format_bytes(budget_bytes)} is below the {format_bytes(smallest)} that this"
             f" {config.model_type} model needs:"
             f" {', '.join(f'{part} {format_bytes(size)}' for part, size in parts.items())};"
-            f" try --ram-budget {-(-smallest >> 20)}M"
-            + ("" if context is None else " or a smaller --context")
+            f" try --ram-budget {_advice(smallest)}" + ("" if context is None else " or a smaller --context")
         )
     tokens, slots = _divide(config, sizes, budget_bytes, context)
     return BudgetPlan(
@@ -126,6 +125,11 @@ def plan_budget(config: ModelConfig, sizes: Sizes, budget_bytes: int, context: i
         token_cycle_experts=config.num_moe_layers * config.num_experts_per_tok,
         warnings=tuple(_warnings(config, sizes, budget_bytes, context)),
     )
+
+
+def _advice(nbytes: int) -> str:
+    """A budget to try, rounded up to 16 MiB: no two processes are of quite the same size."""
+    return f"{-(-nbytes // (16 << 20)) * 16}M"
 
 
 def _fixed_bytes(config: ModelConfig, sizes: Sizes, tokens: int) -> int:

@@ -7,7 +7,6 @@ read our output has gone. Anything else is a bug and keeps its traceback. Heavy 
 import argparse
 import io
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -33,6 +32,9 @@ FULL = "--context N holds more"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. SystemExit after wrong usage, `--help` and `--version`."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as we run
     try:
         return _run_command(build_parser().parse_args(argv))
     finally:
@@ -40,8 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_command(arguments: argparse.Namespace) -> int:
-    if arguments.verbose:
-        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     screen = Screen(sys.stdout, sys.stderr, arguments.quiet)
     try:
         return COMMANDS[arguments.command](arguments, screen)
@@ -84,8 +84,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
                 on_plan=partial(_show_plan, screen=screen),
             )
         with llm:
-            if arguments.verbose:
-                _show_probe(llm, screen)
+            _show_probe(llm, screen, arguments.verbose)
             if prompt is None:
                 return _chat(arguments, screen, llm, sampling, stats_file)
             return _answer(arguments, screen, llm, prompt, sampling, stats_file)
@@ -130,7 +129,7 @@ def bench(arguments: argparse.Namespace, screen: Screen) -> int:
 
     texts = [BUILT_IN_TEXT] if arguments.prompts is None else read_prompts(arguments.prompts)
     tests = arguments.prompt_tokens, arguments.decode_tokens
-    context = arguments.context or context_for(*tests)
+    context = context_for(*tests) if arguments.context is None else arguments.context
     run_config = RunConfig(
         arguments.ram_budget, arguments.policy, arguments.reader, context, arguments.threads
     )
@@ -224,13 +223,15 @@ def _show_plan(bought: "BudgetPlan", screen: Screen) -> None:
         screen.say(f"warning: {warning}")
 
 
-def _show_probe(llm: "LLM", screen: Screen) -> None:
-    for reader, speed in llm.probed.measurements.items():
-        screen.remark(f"probe: {reader} {speed:.0f} MB/s")
+def _show_probe(llm: "LLM", screen: Screen, details: bool) -> None:
+    """Why a reader was passed over, always; what was measured, when asked for."""
     for note in llm.probed.notes:
         screen.remark(f"probe: {note}")
-    screen.remark(f"policy {llm.expert_cache.policy.name}, reader {llm.probed.reader}")
-    screen.remark(f"dense weights loaded in {llm.dense_load_s:.2f} s")
+    if details:
+        for reader, speed in llm.probed.measurements.items():
+            screen.remark(f"probe: {reader} {speed:.0f} MB/s")
+        screen.remark(f"policy {llm.expert_cache.policy.name}, reader {llm.probed.reader}")
+        screen.remark(f"dense weights loaded in {llm.dense_load_s:.2f} s")
 
 
 def _table(rows: Sequence[Sequence[str]], between: str = "  ") -> str:

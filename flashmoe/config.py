@@ -110,7 +110,7 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
     asked_for_all = "num_key_value_heads" in raw and raw["num_key_value_heads"] is None
     kv_heads = heads if asked_for_all else read.integer("num_key_value_heads", default=heads)
-    experts = read.integer("num_experts", "num_local_experts", "n_routed_experts", limit=65_536)
+    experts = read.integer("num_experts", "num_local_experts", limit=65_536)
     top_k = read.integer("num_experts_per_tok")
     head_dim = read.integer("head_dim", default=max(1, hidden // heads))
     hidden_act = "silu" if read.get("hidden_act") is None else read.get("hidden_act")

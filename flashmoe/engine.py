@@ -6,7 +6,7 @@ from torch import Tensor
 
 from flashmoe.budget import PREFILL_CHUNK
 from flashmoe.decoder import Decoder
-from flashmoe.errors import ContextError
+from flashmoe.errors import ContextError, ModelError
 
 
 class Engine:
@@ -21,6 +21,10 @@ class Engine:
         return self.decoder.kv_cache.context
 
     @property
+    def vocab_size(self) -> int:
+        return self.decoder.config.vocab_size
+
+    @property
     def is_full(self) -> bool:
         """No further token fits in the context."""
         return len(self.tokens) >= self.context
@@ -29,10 +33,16 @@ class Engine:
         """Keep what the KV cache shares with `prompt`, at most all but its last token; returns how many
         tokens.
 
-        Raises ContextError for an empty prompt or one longer than the context.
+        Raises ContextError for an empty prompt or one longer than the context, ModelError for an id that the
+        model does not know.
         """
         if not prompt:
             raise ContextError("the prompt has no tokens; give at least one word")
+        if max(prompt) >= self.vocab_size:
+            raise ModelError(
+                f"the tokenizer made id {max(prompt)}; the model knows {self.vocab_size}:"
+                " they do not belong together"
+            )
         if len(prompt) > self.context:
             raise ContextError(
                 f"the prompt has {len(prompt)} tokens, the context holds {self.context};"

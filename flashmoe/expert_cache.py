@@ -23,6 +23,9 @@ from storage.read_queue import Completion, ReadQueue
 # Slots that a prefill layer above its share may take from other layers to keep reads under way: few, and
 # never more than a sixteenth of all.
 PREFILL_READS_AHEAD = 4
+# After a Ctrl-C in the instant between noting a read and asking for it, or taking it: no drive takes this
+# long.
+LOST_READ_S = 60.0
 
 
 @dataclass(slots=True)
@@ -162,7 +165,7 @@ class ExpertCache:
     def evict_all(self) -> None:
         """Empty every slot, for a cold start; the policy keeps what it learnt."""
         self._settle()
-        for key in list(self._evictable):
+        for key in self.policy.victims(self._evictable.keys(), len(self._evictable)):
             self._evict(key)
 
     def close(self) -> None:
@@ -192,7 +195,7 @@ class ExpertCache:
         elif kept and not self._in_flight:  # a budget of a few slots
             key = kept.pop(0)
             self._evictable[key] = self._held.pop(key)
-            self._evict(key)
+            self._evict(*self.policy.victims([key], 1))
         return bool(self._free)
 
     def _make_room(self, slots: int) -> None:
@@ -217,6 +220,8 @@ class ExpertCache:
         """Wait for the next read; its expert becomes resident and held."""
         begin = time.perf_counter()
         completion = self._done.get()
+        while completion.tag not in self._in_flight:  # a read that `_settle` had given up
+            completion = self._done.get()
         self.counters.stall_s += time.perf_counter() - begin
         return self._take(completion)
 
@@ -244,13 +249,15 @@ class ExpertCache:
         interrupt: KeyboardInterrupt | None = None
         while self._in_flight:  # a slot must not be reused while a read still writes to it
             try:
-                self._take(self._done.get())
+                completion = self._done.get(timeout=LOST_READ_S)
+                if completion.tag in self._in_flight:
+                    self._take(completion)
+            except queue.Empty:
+                self._in_flight.clear()  # their slots are lost, which is better than to wait for ever
             except KeyboardInterrupt as error:
                 interrupt = error
-            except (
-                Exception
-            ):  # the event's first error is on its way up already; this expert is just not resident
-                continue
+            except Exception:
+                continue  # the event's first error is on its way up; this expert is just not resident
         self._evictable.update(self._held)
         self._held.clear()
         if interrupt is not None:

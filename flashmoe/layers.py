@@ -72,9 +72,8 @@ class Rotary:
 
     def __init__(self, config: ModelConfig, context: int) -> None:
         frequencies, factor = inverse_frequencies(config.rope, config.head_dim)
-        angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies).repeat(
-            1, 2
-        )  # [context, d]
+        angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies)
+        angles = angles.repeat(1, 2)  # [context, d]
         self._cos, self._sin = angles.cos() * factor, angles.sin() * factor
 
     def at(self, begin: int, end: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 Loads prompt_toolkit only when a prompt is opened.
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,11 +45,18 @@ def open_prompt(
     from prompt_toolkit.history import FileHistory, History, InMemoryHistory
     from prompt_toolkit.output import create_output
 
+    class KeptHistory(FileHistory):
+        """A full disk costs the history, not the chat."""
+
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):
+                super().store_string(string)
+
     history: History
     try:
         history_file.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(history_file, os.O_CREAT | os.O_WRONLY, 0o600))  # what people ask is theirs alone
-        history = FileHistory(str(history_file))
+        history = KeptHistory(str(history_file))
     except OSError as error:
         screen.say(f"warning: no history kept: {error}")
         history = InMemoryHistory()

@@ -4,9 +4,11 @@
 says.
 """
 
+import errno
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +19,9 @@ from flashmoe.budget import BudgetPlan, Sizes, plan_budget
 from flashmoe.config import ModelConfig, RunConfig, load_model_config
 from flashmoe.decoder import Decoder
 from flashmoe.engine import Engine
-from flashmoe.errors import ConfigError
+from flashmoe.errors import BudgetError, ConfigError
 from flashmoe.expert_cache import ExpertCache
-from flashmoe.sizes import parse_size
+from flashmoe.sizes import format_bytes, parse_size
 from flashmoe.tokenizer import Tokenizer
 from flashmoe.weights import CheckpointLayout, ExpertId, load_dense
 from storage import host
@@ -56,9 +58,12 @@ class OpenedModel:
 def open_model(folder: Path) -> OpenedModel:
     """Read and check everything but the weights. Raises ConfigError, ModelError, TokenizerError,
     CheckpointError."""
-    config = load_model_config(folder)
-    tokenizer = Tokenizer(folder)
-    layout = CheckpointLayout(open_checkpoint(folder), config)
+    try:
+        config = load_model_config(folder)
+        tokenizer = Tokenizer(folder)
+        layout = CheckpointLayout(open_checkpoint(folder), config)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
     shard_bytes = layout.checkpoint.shard_bytes
     plans = {key: plan_read(expert.extents, shard_bytes) for key, expert in layout.experts.items()}
     return OpenedModel(folder, config, tokenizer, layout, plans)
@@ -109,22 +114,38 @@ def load_engine(
         list(model.read_plans.values()), min(PROBED_EXPERTS, plan.experts)
     )
     probed = probe(paths, shard_bytes, sample, AUTO_READERS if run.reader == "auto" else (run.reader,))
-    begin = time.perf_counter()
-    weights = load_dense(model.layout, _progress_of_bytes(progress, model.layout.dense_read_bytes))
-    dense_load_s = time.perf_counter() - begin
-    reader = open_reader(probed.reader, paths, shard_bytes)
-    cache = ExpertCache(
-        model.layout.experts,
-        model.read_plans,
-        model.config.hidden_size,
-        model.config.moe_intermediate_size,
-        reader,
-        ReadQueue(reader),
-        policy,
-        plan.slots,
-    )
-    engine = Engine(Decoder(model.config, weights, cache, plan.context))
+    with _allocating(plan):
+        begin = time.perf_counter()
+        weights = load_dense(model.layout, _progress_of_bytes(progress, model.layout.dense_read_bytes))
+        dense_load_s = time.perf_counter() - begin
+        reader = open_reader(probed.reader, paths, shard_bytes)
+        cache = ExpertCache(
+            model.layout.experts,
+            model.read_plans,
+            model.config.hidden_size,
+            model.config.moe_intermediate_size,
+            reader,
+            ReadQueue(reader),
+            policy,
+            plan.slots,
+        )
+        engine = Engine(Decoder(model.config, weights, cache, plan.context))
     return LoadedEngine(engine, cache, probed, dense_load_s)
+
+
+@contextmanager
+def _allocating(plan: BudgetPlan) -> Iterator[None]:
+    """Turn a refusal of memory by the system into a BudgetError."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        refused = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+        if not refused and "memory" not in str(error):
+            raise
+        raise BudgetError(
+            f"the system does not give the {format_bytes(plan.planned_bytes)} that this plan needs;"
+            " try a smaller --ram-budget"
+        ) from error
 
 
 def _progress_of_bytes(

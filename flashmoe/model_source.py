@@ -52,7 +52,7 @@ def _is_repo_id(text: str) -> bool:
 
 def _from_hub(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         snapshot = snapshot_download(repo_id, revision=revision, allow_patterns=FILES, local_files_only=True)
@@ -60,9 +60,11 @@ def _from_hub(repo_id: str, revision: str | None) -> Path:
             return Path(snapshot)
     except LocalEntryNotFoundError:
         pass  # not in the cache: download it, with the library's own progress bars
+    except OSError as error:
+        raise ConfigError(f"the Hugging Face cache cannot be read: {error}") from error
     try:
         snapshot = snapshot_download(repo_id, revision=revision, allow_patterns=FILES)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # the hub's own, the HTTP client's, the transfer library's: many trees
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"{repo_id} is no local folder, not in the Hugging Face cache, and cannot be downloaded: {reason}"

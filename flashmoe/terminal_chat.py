@@ -161,6 +161,8 @@ class TerminalChat:
             try:
                 if not self.handle(text):
                     return
+            except KeyboardInterrupt:  # the second one within an answer: it ends at once, the chat goes on
+                self._screen.say("[stopped]")
             except (FlashMoEError, StorageError) as error:
                 self._screen.error(error)
 

@@ -278,7 +278,8 @@ def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 def _default_template(path: Path, named: list[Any]) -> Any:
     """Out of [{"name": …, "template": …}, …]: the one named "default", or the only one."""
-    templates = {entry.get("name"): entry.get("template") for entry in named if isinstance(entry, dict)}
+    entries = [entry for entry in named if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
+    templates = {entry["name"]: entry.get("template") for entry in entries}
     if len(templates) == 1:
         return next(iter(templates.values()))
     if "default" not in templates:

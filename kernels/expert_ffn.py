@@ -1,5 +1,4 @@
-"""The one call the engine makes for routed experts; a native back-end replaces `ExpertFFN` behind the same
-calls.
+"""All arithmetic of experts goes through `ExpertFFN`, the one class that a native back-end replaces.
 
 A MoE layer's result is sum over j of weight[t, j] * ffn(expert[t, j], x[t]). The products land in a buffer
 with one row per (token, j), in whatever order experts arrive, and `combine` adds each token's rows in top-k

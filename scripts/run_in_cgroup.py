@@ -33,7 +33,7 @@ class CgroupRun:
 
     returncode: int
     limit_bytes: int
-    peak_bytes: int
+    peak_bytes: int | None  # None where the kernel does not keep it
     oom_kills: int
     hierarchy: str
 
@@ -72,9 +72,10 @@ class MemoryCgroup:
     def enter_this_process(self) -> None:
         (self.path / "cgroup.procs").write_text(str(os.getpid()))
 
-    def peak_bytes(self) -> int:
-        names = ("memory.max_usage_in_bytes", "memory.peak", "memory.current")
-        return next(int((self.path / name).read_text()) for name in names if (self.path / name).exists())
+    def peak_bytes(self) -> int | None:
+        names = ("memory.max_usage_in_bytes", "memory.peak")
+        found = (self.path / name for name in names if (self.path / name).exists())
+        return next((int(path.read_text()) for path in found), None)
 
     def oom_kills(self) -> int:
         name = "memory.oom_control" if self.hierarchy == "v1" else "memory.events"

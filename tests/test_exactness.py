@@ -55,7 +55,7 @@ def test_every_budget_gives_the_same_bits(folder: Path, all_resident: torch.Tens
     assert torch.equal(conversation(build_engine(folder, slots=slots, context=2048)), all_resident)
 
 
-@pytest.mark.parametrize("reader", ["direct", "buffered", "mmap"])
+@pytest.mark.parametrize("reader", [pytest.param("direct", marks=pytest.mark.drive), "buffered", "mmap"])
 def test_every_reader_gives_the_same_bits(folder: Path, all_resident: torch.Tensor, reader: str) -> None:
     assert torch.equal(conversation(build_engine(folder, slots=5, reader=reader, context=2048)), all_resident)
 

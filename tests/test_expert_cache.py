@@ -135,6 +135,26 @@ def test_a_failed_read_is_an_error_and_the_cache_goes_on() -> None:
     assert len(cache.resident) == 3
 
 
+def test_a_read_that_was_noted_and_never_asked_for_does_not_hang_the_next_event(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A Ctrl-C in that instant: the slot is given up, the cache goes on with the others."""
+    monkeypatch.setattr("flashmoe.expert_cache.LOST_READ_S", 0.01)
+    cache, _ = make_cache(slots=4)
+    fetch(cache, 0, [1, 2])
+    cache._in_flight[0, 5] = cache._free.pop()
+    assert sorted(fetch(cache, 0, [5, 6])) == [5, 6]
+    assert len(cache.resident) == 3
+
+
+def test_emptying_the_slots_tells_the_policy() -> None:
+    cache, _ = make_cache(slots=8, layers=1)
+    fetch(cache, 0, [0, 1, 2, 3, 4, 5])
+    cache.evict_all()
+    assert cache.resident == frozenset()
+    assert not cache.policy._resident.any()  # type: ignore[attr-defined]
+
+
 def test_an_event_that_is_given_up_half_way_leaves_no_slot_behind() -> None:
     cache, _ = make_cache(slots=4)
     served = cache.fetch(0, [1, 2, 3, 4], [1.0] * 4)

@@ -1,5 +1,6 @@
 """What a user, a download or a drive can break: one clear line each, and nothing is lost."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -134,3 +135,36 @@ def test_weights_that_make_no_numbers_are_an_error_and_not_a_token(tmp_path: Pat
     save_file(tensors, folder / "model.safetensors")
     with open_model(folder) as llm, pytest.raises(ModelError, match="(?i)nan"):
         llm.generate("what")
+
+
+def test_memory_that_the_system_refuses_is_a_budget_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(nbytes: int) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("flashmoe.expert_cache.allocate_aligned", refuse)
+    with pytest.raises(BudgetError, match="does not give.*smaller --ram-budget"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_a_folder_in_the_place_of_a_file_is_a_clear_error(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises((ConfigError, TokenizerError), match=name):
+        open_model(folder)
+
+
+def test_a_file_that_may_not_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root everything may be read, so the refusal is made here."""
+    real = Path.read_text
+
+    def read_text(path: Path, *args: str) -> str:
+        if path.name == "config.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *args)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read: Permission denied"):
+        open_model(folder)

@@ -26,6 +26,8 @@ def build_in_child(progress: Progress | None = None, folder: Path | None = None)
     ) as child:
         assert child.stdout is not None
         for line in child.stdout:
+            if not line.startswith("{"):  # some library's own words
+                continue
             message = json.loads(line)
             if "error" in message:
                 raise DemoModelError(message["error"])
