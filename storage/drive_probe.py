@@ -2,8 +2,8 @@
 
 Each reader gets a share of 0.4 s to read random experts through a real ReadQueue, the page cache dropped
 before. Asking beats knowing: a file system may accept direct reads when opening and refuse the first one,
-drives differ by 50x, and the measured speed is the one that the printed bound on decode speed uses. Numbers
-are MB/s (10**6), as drive makers count.
+drives differ by 50x, and the printed bound on decode speed needs the drive's. Numbers are MB/s (10**6), as
+drive makers count.
 """
 
 import queue
