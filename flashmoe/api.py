@@ -110,7 +110,11 @@ class LLM:
     def sampling_params(self, overrides: dict[str, Any]) -> SamplingParams:
         """The model's generation_config.json with `overrides` on top; ConfigError for an unknown or bad
         one."""
-        return SamplingParams.from_generation_config(self.generation_config, **overrides)
+        SamplingParams.from_generation_config({}, **overrides)  # what the caller gave, by itself
+        try:
+            return SamplingParams.from_generation_config(self.generation_config, **overrides)
+        except ConfigError as error:
+            raise ConfigError(f"the model's generation_config.json: {error}") from error
 
     def stream_tokens(
         self,

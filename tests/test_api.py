@@ -187,6 +187,13 @@ def test_sampling_defaults_come_from_generation_config(llm: LLM) -> None:
     )
 
 
+def test_a_bad_default_of_the_model_names_its_file_and_can_be_overridden(llm: LLM) -> None:
+    llm.generation_config = {"do_sample": True, "top_k": -1}
+    with pytest.raises(ConfigError, match=r"generation_config\.json.*top_k"):
+        llm.chat()
+    assert llm.sampling_params({"top_k": 5}).top_k == 5
+
+
 def test_a_conversation_is_saved_as_json(llm: LLM, tmp_path: Path) -> None:
     import json
 
