@@ -108,8 +108,7 @@ class LLM:
         return Generation(stats.text, stats.token_ids, stats.finish_reason or "stop", stats)
 
     def sampling_params(self, overrides: dict[str, Any]) -> SamplingParams:
-        """The model's generation_config.json with `overrides` on top; ConfigError for an unknown or bad
-        one."""
+        """The model's generation_config.json, `overrides` on top; ConfigError for an unknown or bad one."""
         SamplingParams.from_generation_config({}, **overrides)  # what the caller gave, by itself
         try:
             return SamplingParams.from_generation_config(self.generation_config, **overrides)
@@ -232,7 +231,7 @@ class Chat:
         self.stats = stats = GenerationStats()
         params = self.llm.sampling_params({**self._sampling, **sampling})
         user = {"role": "user", "content": message}
-        prompt_text = self._render([*self.messages, user])
+        prompt_text = self.llm.tokenizer.apply_chat_template([*self.messages, user])
         prompt = self._encode(prompt_text)
         try:
             yield from self.llm.stream_tokens(prompt, params, stats, cancel)
@@ -255,11 +254,6 @@ class Chat:
     def save(self, path: Path) -> None:
         """Write the conversation as JSON: {"messages": [{"role", "content"}, …]}."""
         path.write_text(json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1) + "\n", "utf-8")
-
-    def _render(self, messages: list[dict[str, str]]) -> str:
-        if self.llm.tokenizer.has_chat_template:
-            return self.llm.tokenizer.apply_chat_template(messages)
-        return "".join(m["content"] for m in messages)  # a base model continues the text
 
     def _encode(self, prompt_text: str) -> list[int]:
         """Token ids of the conversation. What the model wrote keeps the ids it chose, which encoding its text

@@ -11,7 +11,9 @@ from typing import Any
 
 from flashmoe.config import MAX_DEFAULT_CONTEXT, ModelConfig
 from flashmoe.errors import BudgetError, ConfigError
+from flashmoe.layers import QUERY_BLOCK
 from flashmoe.sizes import format_bytes
+from kernels.mixed_linear import MixedLinear
 
 PREFILL_CHUNK = 512  # tokens; the same for every budget, or the bits of a long prompt would depend on it
 SMALLEST_DEFAULT_CONTEXT = 512
@@ -20,8 +22,8 @@ KV_SHARE = 0.25
 # Library code and buffers touched only after planning: math library threads, allocator slack. With two
 # threads they took up to 80 MiB (docs/benchmarks.md); the rest is for more threads.
 LATE_PROCESS_BYTES = 128 << 20
-LINEAR_SCRATCH_BYTES = 16 << 20  # kernels.mixed_linear
-MASK_BYTES = 13 * 128  # for each token of context: flashmoe.layers.QUERY_BLOCK queries at once
+LINEAR_SCRATCH_BYTES = MixedLinear.scratch_bytes
+MASK_BYTES = 13 * QUERY_BLOCK  # of attention, for each token of context
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +191,7 @@ def _smallest_with_slots(
 
 
 def workspace_bytes(config: ModelConfig, context: int) -> int:
-    """Upper bound of temporary tensors: one prefill chunk in fp32, rotary tables, logits and the sampler's
-    copies."""
+    """Upper bound of temporary tensors: a prefill chunk in fp32, rotary tables, logits, sampling."""
     c, tokens = config, min(PREFILL_CHUNK, context)
     heads = c.num_attention_heads * c.head_dim
     width = max(c.moe_intermediate_size, c.intermediate_size if not all(c.moe_layers) else 0,

@@ -21,8 +21,7 @@ from kernels.mixed_linear import MixedLinear
 
 
 class Decoder:
-    """Appends tokens to the KV cache and returns logits. `check` is called before every layer and may
-    raise."""
+    """Appends tokens to the KV cache and returns logits. `check` is called before every layer."""
 
     def __init__(
         self, config: ModelConfig, weights: DenseWeights, experts: ExpertCache, context: int
@@ -95,8 +94,7 @@ class Decoder:
         return self._ffn.feed_forward(h, ExpertWeights(*layer.mlp))
 
     def _one_token(self, index: int, h: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """h [1, D] -> [1, D]: hits while misses are read, late experts as they arrive, summed in top-k
-        order."""
+        """h [1, D] -> [1, D]: hits while misses are read, late ones as they arrive, added in top-k order."""
         routed = ids[0].tolist()
         products = torch.empty(len(routed), h.shape[1])
         for expert, expert_weights in self.experts.fetch(index, routed, weights[0].tolist()):

@@ -113,8 +113,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Te
 
 
 def _visible(first: int, new: int, total: int, window: int | None) -> Tensor | None:
-    """Which of `total` keys the queries at positions [first, first + new) see: [new, total] bool; None:
-    all."""
+    """Which of `total` keys queries [first, first + new) see: [new, total] bool; None: all of them."""
     if new == 1 and first == total - 1 and (window is None or total <= window):
         return None
     position, key = torch.arange(first, first + new)[:, None], torch.arange(total)

@@ -30,8 +30,7 @@ from storage.drive_probe import ProbeResult, probe
 from storage.expert_reader import ReadPlan, open_reader, plan_read
 from storage.read_queue import ReadQueue
 
-# What `auto` chooses from. Not mmap: its pages are the system's to take back, so it keeps a budget only by
-# luck.
+# What `auto` chooses from. Not mmap: its pages are the system's to take back; it keeps a budget only by luck.
 AUTO_READERS = ("direct", "buffered")
 PROBED_EXPERTS = 64
 
@@ -56,8 +55,7 @@ class OpenedModel:
 
 
 def open_model(folder: Path) -> OpenedModel:
-    """Read and check everything but the weights. Raises ConfigError, ModelError, TokenizerError,
-    CheckpointError."""
+    """Read and check all but the weights; ConfigError, ModelError, TokenizerError or CheckpointError."""
     try:
         config = load_model_config(folder)
         tokenizer = Tokenizer(folder)
@@ -101,12 +99,7 @@ def load_engine(
     run: RunConfig,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LoadedEngine:
-    """Probe the drive, read the dense weights, allocate KV cache and slots. `progress(what, done, total)` in
-    bytes."""
-    try:
-        policy = make_policy(run.policy, seed=run.seed)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    """Probe the drive, read the dense weights, allocate KV cache and slots; `progress` counts bytes."""
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     paths, shard_bytes = model.layout.checkpoint.shards, model.layout.checkpoint.shard_bytes
@@ -126,7 +119,7 @@ def load_engine(
             model.config.moe_intermediate_size,
             reader,
             ReadQueue(reader),
-            policy,
+            make_policy(run.policy, seed=run.seed),
             plan.slots,
         )
         engine = Engine(Decoder(model.config, weights, cache, plan.context))

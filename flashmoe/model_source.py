@@ -1,5 +1,4 @@
-"""From what the user calls a model to a folder: a path, a Hugging Face repo id, or nothing (the demo
-model)."""
+"""From what the user calls a model to a folder: a path, a Hugging Face repo id, or the demo model."""
 
 import json
 from collections.abc import Callable

@@ -8,8 +8,7 @@ from flashmoe.sizes import format_bytes
 
 @dataclass(slots=True)
 class TokenStats:
-    """One generated token: the step that produced it. Time in seconds; bytes read from the drive for
-    experts."""
+    """One generated token and the step that produced it: seconds, and bytes read for experts."""
 
     token_id: int
     text: str

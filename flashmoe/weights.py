@@ -32,8 +32,7 @@ class ExpertLayout:
 
 @dataclass(slots=True)
 class LayerWeights:
-    """The dense weights of one layer. Matrices keep the checkpoint's dtype; vectors and the router are
-    fp32."""
+    """The dense weights of one layer: matrices as in the checkpoint, vectors and the router in fp32."""
 
     input_norm: Tensor  # [D]
     post_attention_norm: Tensor  # [D]
@@ -166,8 +165,7 @@ class CheckpointLayout:
             yield "lm_head.weight", (c.vocab_size, d), False
 
     def mlp_prefix(self, layer: int) -> tuple[str, int] | None:
-        """Name and width of the layer's dense feed-forward network or shared expert; None if it has
-        neither."""
+        """Name and width of the layer's dense network or shared expert; None if it has neither."""
         c = self.config
         if layer not in self._blocks:
             return f"model.layers.{layer}.mlp", c.intermediate_size

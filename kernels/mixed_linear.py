@@ -27,8 +27,7 @@ class MixedLinear:
         self._scratch = torch.empty(MATRIX_BLOCK)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [T, D] float32, weight [N, D] of a floating dtype, bias [N] float32 -> [T, N] float32 (may be
-        strided)."""
+        """x [T, D] float32, weight [N, D], bias [N] float32 -> [T, N] float32, which may be strided."""
         y = self._one_token(x[0], weight) if x.shape[0] == 1 else self._tokens(x, weight)
         return y if bias is None else y + bias
 

@@ -1,5 +1,4 @@
-"""Build smolmoe in a process of its own, so that the memory it takes is not charged to the run that
-follows."""
+"""Build smolmoe in a process of its own: the memory it takes is not charged to the run that follows."""
 
 import json
 import os

@@ -1,5 +1,4 @@
-"""Qwen2-MoE (Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B): one shared expert behind a sigmoid gate, biased q, k and
-v."""
+"""Qwen2-MoE (Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B): a shared expert behind a sigmoid gate, qkv biases."""
 
 from flashmoe.models.family import FamilySpec
 
