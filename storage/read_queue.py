@@ -173,9 +173,13 @@ class ReadQueue:
             request.pieces_left -= 1
             if request.pieces_left > 0:
                 return
-        views = None if request.error else self._reader.views(request.plan, request.slot)
+        views, error = None, request.error
+        try:
+            views = None if error else self._reader.views(request.plan, request.slot)
+        except Exception as caught:  # a reader that checks what it hands out: the one who waits gets to know
+            error = caught
         seconds = time.perf_counter() - request.submitted_s
-        request.done.put(Completion(request.tag, views, request.error, request.read_bytes, seconds))
+        request.done.put(Completion(request.tag, views, error, request.read_bytes, seconds))
 
 
 def cut_into_pieces(nbytes: int, piece_bytes: int) -> Iterator[tuple[int, int]]:

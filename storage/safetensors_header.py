@@ -164,9 +164,10 @@ def _check_layout(path: Path, tensors: Sequence[TensorInfo], data_begin: int, si
     """The tensors, sorted by offset, must cover the data section exactly once and end where the file ends."""
     expected = max((tensor.offset + tensor.nbytes for tensor in tensors), default=data_begin)
     if expected > size:
+        cut = next(tensor.name for tensor in tensors if tensor.offset + tensor.nbytes > size)
         raise CheckpointError(
             f"{path} is truncated: its header promises {expected} bytes, the file has {size}; "
-            "download it again"
+            f"from {quote(cut)} on nothing is whole: download it again"
         )
     position, previous = data_begin, ""
     for tensor in tensors:

@@ -248,3 +248,22 @@ def test_many_experts_at_once_from_a_real_file(tmp_path: Path, name: str, thread
     assert read_queue.bytes_read == sum(plan.read_bytes for plan in plans)
     read_queue.close()
     reader.close()
+
+
+def test_a_reader_that_refuses_what_it_read_makes_an_error_and_the_thread_lives_on() -> None:
+    """A checksum is compared when the views are handed out, after the last read."""
+
+    class Refusing(MemoryReader):
+        def views(self, plan: ReadPlan, slot: memoryview | None) -> tuple[memoryview, ...]:
+            if plan.runs[0].offset == PAGE:
+                raise ReadError("page 1 is damaged")
+            return super().views(plan, slot)
+
+    done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
+    read_queue = ReadQueue(Refusing(), threads=1, piece_bytes=PAGE)
+    for tag, plan in (("bad", pages(1, 1)), ("good", pages(2, 1))):
+        read_queue.submit(tag, plan, slot_for(plan), done)
+    bad, good = done.get(timeout=10), done.get(timeout=10)
+    assert bad.views is None and str(bad.error) == "page 1 is damaged"
+    assert good.error is None and good.views is not None
+    read_queue.close()
