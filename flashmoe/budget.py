@@ -13,7 +13,6 @@ from flashmoe.config import MAX_DEFAULT_CONTEXT, ModelConfig
 from flashmoe.errors import BudgetError, ConfigError
 from flashmoe.layers import QUERY_BLOCK
 from flashmoe.sizes import format_bytes
-from kernels.mixed_linear import MixedLinear
 
 PREFILL_CHUNK = 512  # tokens; the same for every budget, or the bits of a long prompt would depend on it
 SMALLEST_DEFAULT_CONTEXT = 512
@@ -22,7 +21,6 @@ KV_SHARE = 0.25
 # Library code and buffers touched only after planning: math library threads, allocator slack. With two
 # threads they took up to 80 MiB (docs/benchmarks.md); the rest is for more threads.
 LATE_PROCESS_BYTES = 128 << 20
-LINEAR_SCRATCH_BYTES = MixedLinear.scratch_bytes
 MASK_BYTES = 13 * QUERY_BLOCK  # of attention, for each token of context
 
 
@@ -198,8 +196,10 @@ def workspace_bytes(config: ModelConfig, context: int) -> int:
                 c.shared_expert_intermediate_size)  # fmt: skip
     hidden = 8 * tokens * c.hidden_size
     attention = tokens * 6 * (heads + 2 * c.num_key_value_heads * c.head_dim)
-    experts = 2 * tokens * c.num_experts_per_tok * c.hidden_size + 4 * tokens * width
+    # The experts' products; activations made ready for the kernels, in fp32 at most: of a matrix, of one expert,
+    # and the hidden ones between its matrices.
+    experts = tokens * (c.num_experts_per_tok * c.hidden_size + max(heads, c.hidden_size) + c.hidden_size + width)
     tables = 4 * context * c.head_dim
     logits = 6 * c.vocab_size
     elements = hidden + attention + experts + tables + logits
-    return LINEAR_SCRATCH_BYTES + MASK_BYTES * context + 4 * elements
+    return MASK_BYTES * context + 4 * elements

@@ -273,6 +273,8 @@ class RunConfig:
     context: int | None = None
     threads: int | None = None
     seed: int = 0
+    exact_activations: bool = False  # fp32 activations also for int4 and int8 weights
+    check_reads: bool = False  # compare every expert read with its checksum
 
     def __post_init__(self) -> None:
         if not isinstance(self.ram_budget, str):

@@ -5,17 +5,16 @@ resident ones are served at once while the others are read, and those are served
 needs is never a victim of the same event. Knows nothing about tokens, attention or the arithmetic of experts.
 """
 
+import ctypes
 import queue
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-import torch
-
 from cache_policies.policy import CachePolicy
-from flashmoe.weights import ExpertId, ExpertLayout
-from kernels.expert_ffn import ExpertWeights
+from flashmoe.weights import ExpertId
+from kernels.expert_ffn import Addresses
 from storage.expert_reader import ExpertReader, ReadPlan
 from storage.host import allocate_aligned
 from storage.read_queue import Completion, ReadQueue
@@ -48,7 +47,7 @@ class CacheCounters:
 @dataclass(slots=True)
 class _Resident:
     slot: int
-    weights: ExpertWeights
+    addresses: Addresses
 
 
 class ExpertCache:
@@ -56,18 +55,14 @@ class ExpertCache:
 
     def __init__(
         self,
-        experts: Mapping[ExpertId, ExpertLayout],
         plans: Mapping[ExpertId, ReadPlan],
-        hidden_size: int,
-        width: int,
         reader: ExpertReader,
         reads: ReadQueue,
         policy: CachePolicy,
         slots: int,
     ) -> None:
         self.slots, self.policy, self.counters = slots, policy, CacheCounters()
-        self._experts, self._plans = experts, plans
-        self._shapes = ((width, hidden_size), (width, hidden_size), (hidden_size, width))
+        self._plans = plans
         self._reader, self._reads = reader, reads
         self._buffers = _slot_buffers(slots, max(p.slot_bytes for p in plans.values()), reader.in_place)
         self._free = list(range(slots - 1, -1, -1))
@@ -75,7 +70,7 @@ class ExpertCache:
         self._held: dict[ExpertId, _Resident] = {}  # residents that the current event needs
         self._in_flight: dict[ExpertId, int] = {}  # expert -> slot that its bytes go to
         self._layer_keys: dict[int, list[ExpertId]] = {}
-        for key in experts:
+        for key in plans:
             self._layer_keys.setdefault(key[0], []).append(key)
         self._layer_residents = dict.fromkeys(self._layer_keys, 0)
         self._prefill_reads_ahead = max(1, min(PREFILL_READS_AHEAD, slots // 16))
@@ -88,34 +83,39 @@ class ExpertCache:
 
     def fetch(
         self, layer: int, routed: Sequence[int], weights: Sequence[float]
-    ) -> Iterator[tuple[int, ExpertWeights]]:
-        """One decode event: yield (expert, its weights) for each routed expert, hits first, then as reads
-        finish.
+    ) -> Iterator[list[tuple[int, Addresses]]]:
+        """One decode event: yield batches of (place in `routed`, the expert's addresses), the hits first, then
+        whatever reads have finished.
 
-        The weights are valid until the next expert is asked for. Raises ReadError when the drive fails; the
+        The addresses are valid until the next batch is asked for. Raises ReadError when the drive fails; the
         cache stays usable.
         """
         self._settle()
         self.policy.step(layer, routed, weights)
-        missing = []
-        for expert in routed:
-            resident = self._evictable.pop((layer, expert), None)
+        hits: list[tuple[int, Addresses]] = []
+        missing: dict[ExpertId, int] = {}  # -> place in `routed`
+        for place, expert in enumerate(routed):
+            key = (layer, expert)
+            resident = self._evictable.pop(key, None)
             if resident is None:
-                missing.append((layer, expert))
+                missing[key] = place
             else:
-                self._held[layer, expert] = resident
-        hits = list(self._held.items())
+                self._held[key] = resident
+                hits.append((place, resident.addresses))
         self.counters.hits += len(hits)
         self.counters.misses += len(missing)
-        self._make_room(len(missing))
-        for key in missing:
-            self._submit(key)
         try:
-            for key, resident in hits:
-                yield key[1], resident.weights
+            if missing:
+                self._make_room(len(missing))
+                for key in missing:
+                    self._submit(key)
+            if hits:
+                yield hits
             while self._in_flight:
-                key = self._arrival()
-                yield key[1], self._held[key].weights
+                arrived = [self._arrival()]
+                while (completion := self._arrived_already()) is not None:
+                    arrived.append(self._take(completion))
+                yield [(missing[key], self._held[key].addresses) for key in arrived]
         finally:
             self._settle()
 
@@ -126,8 +126,8 @@ class ExpertCache:
         for ids, w in zip(routed, weights, strict=True):
             self.policy.step(layer, ids, w)
 
-    def stream(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, ExpertWeights]]:
-        """One prefill event: yield every expert of a chunk once, reading ahead.
+    def stream(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Addresses]]:
+        """One prefill event: yield every expert of a chunk once, with its addresses, reading ahead.
 
         `experts`: each once, those that the chunk's last tokens use at the end. These stay; the others pass
         through slots of this same layer, so that a long prompt does not wash out what decoding will need
@@ -150,7 +150,7 @@ class ExpertCache:
                 while pending and self._room_for_stream(layer, share, spare, [] if ready else kept):
                     self._submit(pending.popleft())
                 key = ready.popleft() if ready else self._arrival()
-                yield key[1], self._held[key].weights
+                yield key[1], self._held[key].addresses
                 if key in keep:
                     kept.append(key)
                 else:
@@ -206,7 +206,7 @@ class ExpertCache:
                 self._evict(victim)
 
     def _evict(self, key: ExpertId) -> None:
-        slot = self._evictable.pop(key).slot  # drops the tensors before their memory is given away
+        slot = self._evictable.pop(key).slot
         self._layer_residents[key[0]] -= 1
         self._reader.release(self._plans[key])
         self._free.append(slot)
@@ -225,6 +225,16 @@ class ExpertCache:
         self.counters.stall_s += time.perf_counter() - begin
         return self._take(completion)
 
+    def _arrived_already(self) -> Completion | None:
+        """A read of this event that has finished meanwhile, if there is one."""
+        try:
+            while True:
+                completion = self._done.get_nowait()
+                if completion.tag in self._in_flight:
+                    return completion
+        except queue.Empty:
+            return None
+
     def _take(self, completion: Completion) -> ExpertId:
         key: ExpertId = completion.tag
         slot = self._in_flight.pop(key)
@@ -234,12 +244,7 @@ class ExpertCache:
             self._free.append(slot)
             assert completion.error is not None
             raise completion.error
-        dtype = self._experts[key].dtype
-        tensors = (
-            torch.frombuffer(view, dtype=dtype).view(shape)
-            for view, shape in zip(completion.views, self._shapes, strict=True)
-        )
-        self._held[key] = _Resident(slot, ExpertWeights(*tensors))
+        self._held[key] = _Resident(slot, _addresses(completion.views))
         self._layer_residents[key[0]] += 1
         self.policy.inserted(key)
         return key
@@ -262,6 +267,12 @@ class ExpertCache:
         self._held.clear()
         if interrupt is not None:
             raise interrupt
+
+
+def _addresses(views: Sequence[memoryview]) -> Addresses:
+    """Where the parts of an expert lie: three, or one that holds all."""
+    first, *others = (ctypes.addressof(ctypes.c_char.from_buffer(view)) for view in views)
+    return (first, others[0], others[1]) if others else (first, 0, 0)
 
 
 def _slot_buffers(slots: int, slot_bytes: int, in_place: bool) -> list[memoryview | None]:

@@ -29,6 +29,10 @@ class KVCache:
         self._values[layer][self.length : end] = values
         return self._keys[layer][:end], self._values[layer][:end]
 
+    def tensors(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the whole context, [context, G, d] each, valid or not."""
+        return self._keys[layer], self._values[layer]
+
     def advance(self, tokens: int) -> None:
         """Make `tokens` appended ones valid, once every layer has them."""
         self.length += tokens

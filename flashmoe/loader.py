@@ -24,9 +24,11 @@ from flashmoe.expert_cache import ExpertCache
 from flashmoe.sizes import format_bytes, parse_size
 from flashmoe.tokenizer import Tokenizer
 from flashmoe.weights import CheckpointLayout, ExpertId, load_dense
+from kernels.native import ISA_VARIABLE, Format, make_context
 from storage import host
 from storage.checkpoint import open_checkpoint
 from storage.drive_probe import ProbeResult, probe
+from storage.expert_file import read_manifest
 from storage.expert_reader import ReadPlan, open_reader, plan_read
 from storage.read_queue import ReadQueue
 
@@ -50,6 +52,11 @@ class OpenedModel:
         return max(plan.slot_bytes for plan in self.read_plans.values())
 
     @property
+    def expert_format(self) -> Format:
+        """How the routed experts are stored; all of them alike."""
+        return next(iter(self.layout.experts.values())).format
+
+    @property
     def model_bytes(self) -> int:
         return sum(self.layout.checkpoint.shard_bytes)
 
@@ -59,7 +66,8 @@ def open_model(folder: Path) -> OpenedModel:
     try:
         config = load_model_config(folder)
         tokenizer = Tokenizer(folder)
-        layout = CheckpointLayout(open_checkpoint(folder), config)
+        packed = read_manifest(folder)
+        layout = CheckpointLayout(open_checkpoint(folder), config, packed)
     except OSError as error:
         raise ConfigError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
     shard_bytes = layout.checkpoint.shard_bytes
@@ -102,6 +110,10 @@ def load_engine(
     """Probe the drive, read the dense weights, allocate KV cache and slots; `progress` counts bytes."""
     if run.threads is not None:
         torch.set_num_threads(run.threads)
+    try:
+        kernels = make_context(torch.get_num_threads())
+    except ValueError as error:
+        raise ConfigError(f"{ISA_VARIABLE}: {error}") from error
     paths, shard_bytes = model.layout.checkpoint.shards, model.layout.checkpoint.shard_bytes
     sample = random.Random(run.seed).sample(
         list(model.read_plans.values()), min(PROBED_EXPERTS, plan.experts)
@@ -113,16 +125,16 @@ def load_engine(
         dense_load_s = time.perf_counter() - begin
         reader = open_reader(probed.reader, paths, shard_bytes)
         cache = ExpertCache(
-            model.layout.experts,
             model.read_plans,
-            model.config.hidden_size,
-            model.config.moe_intermediate_size,
             reader,
             ReadQueue(reader),
             make_policy(run.policy, seed=run.seed),
             plan.slots,
         )
-        engine = Engine(Decoder(model.config, weights, cache, plan.context))
+        decoder = Decoder(
+            model.config, weights, cache, plan.context, kernels, model.expert_format, run.exact_activations
+        )
+        engine = Engine(decoder)
     return LoadedEngine(engine, cache, probed, dense_load_s)
 
 

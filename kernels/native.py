@@ -5,6 +5,7 @@ checks nothing; sizes and dtypes are checked here or by whoever read them from a
 """
 
 import os
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Final
 
@@ -16,7 +17,7 @@ from kernels.cpu._native import Attention, Context, Experts, Matrix, Router
 
 __all__ = [
     "ACTIVATIONS", "DTYPES", "Activation", "Attention", "Context", "Experts", "Format", "Matrix", "Router",
-    "available_isas", "expert_bytes", "make_context", "matrix_bytes", "pack_expert", "pack_matrix", "plain_matrix",
+    "available_isas", "expert_bytes", "gather_rows", "make_context", "matrix_bytes", "pack_expert", "pack_matrix", "plain_matrix",
     "unpack_expert", "unpack_matrix",
 ]  # fmt: skip
 
@@ -76,6 +77,14 @@ def plain_matrix(weight: Tensor) -> Matrix:
     """weight [N, K], contiguous, bf16, fp16 or fp32; keep it alive."""
     assert weight.is_contiguous() and weight.dim() == 2
     return Matrix(weight.data_ptr(), DTYPES[weight.dtype], *weight.shape)
+
+
+def gather_rows(matrix: Matrix, ids: Sequence[int], columns: int) -> Tensor:
+    """Rows of a matrix [N, columns], in range -> [len(ids), columns] fp32."""
+    out = torch.empty(len(ids), columns)
+    index = torch.tensor(ids)
+    _native.gather_rows(matrix, index.data_ptr(), len(ids), out.data_ptr())
+    return out
 
 
 def matrix_bytes(format: Format, rows: int, columns: int) -> int:

@@ -1,15 +1,31 @@
 """The experts' arithmetic in plain torch: the oracle that every kernel is compared with. Clear, not fast."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from kernels.activation import ACTIVATIONS
+
+def _swiglu_clamped(gate: Tensor, up: Tensor, limit: float = 7.0, alpha: float = 1.702) -> Tensor:
+    """gpt-oss's: (up + 1) * gate * sigmoid(alpha * gate), gate <= limit, |up| <= limit."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * gate * torch.sigmoid(alpha * gate)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": lambda gate, up: functional.silu(gate) * up,
+    "gelu": lambda gate, up: functional.gelu(gate) * up,
+    "gelu_pytorch_tanh": lambda gate, up: functional.gelu(gate, approximate="tanh") * up,
+    "relu": lambda gate, up: functional.relu(gate) * up,
+    "swiglu_clamped": _swiglu_clamped,
+}  # (gate x, up x) -> h
 
 
 def ffn_reference(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
-    """down(act(gate x) * up x): x [T, D], gate and up [F, D], down [D, F] -> [T, D], in x's dtype."""
+    """down(act(gate x, up x)): x [T, D], gate and up [F, D], down [D, F] -> [T, D], in x's dtype."""
     gate, up, down = gate.to(x.dtype), up.to(x.dtype), down.to(x.dtype)
-    return (ACTIVATIONS[activation](x @ gate.T) * (x @ up.T)) @ down.T
+    return ACTIVATIONS[activation](x @ gate.T, x @ up.T) @ down.T
 
 
 def moe_reference(

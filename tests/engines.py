@@ -8,7 +8,9 @@ from flashmoe.decoder import Decoder
 from flashmoe.engine import Engine
 from flashmoe.expert_cache import ExpertCache
 from flashmoe.weights import CheckpointLayout, load_dense
+from kernels.native import make_context
 from storage.checkpoint import open_checkpoint
+from storage.expert_file import read_manifest
 from storage.expert_reader import open_reader, plan_read
 from storage.read_queue import ReadQueue
 
@@ -20,18 +22,19 @@ def build_engine(
     policy: str = "lru",
     reader: str = "buffered",
     context: int = 512,
+    threads: int = 2,
+    isa: str | None = None,
+    exact: bool = False,
 ) -> Engine:
     """`slots` None: every expert has one."""
     config = load_model_config(folder)
-    layout = CheckpointLayout(open_checkpoint(folder), config)
+    layout = CheckpointLayout(open_checkpoint(folder), config, read_manifest(folder))
     checkpoint = layout.checkpoint
     plans = {key: plan_read(e.extents, checkpoint.shard_bytes) for key, e in layout.experts.items()}
     opened = open_reader(reader, checkpoint.shards, checkpoint.shard_bytes)
-    cache = ExpertCache(
-        layout.experts, plans, config.hidden_size, config.moe_intermediate_size,
-        opened, ReadQueue(opened), make_policy(policy), slots or len(plans),
-    )  # fmt: skip
-    return Engine(Decoder(config, load_dense(layout), cache, context))
+    cache = ExpertCache(plans, opened, ReadQueue(opened), make_policy(policy), slots or len(plans))
+    kernels, format = make_context(threads, isa), next(iter(layout.experts.values())).format
+    return Engine(Decoder(config, load_dense(layout), cache, context, kernels, format, exact))
 
 
 def greedy(engine: Engine, prompt: list[int], new_tokens: int) -> list[int]:
