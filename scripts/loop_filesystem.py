@@ -2,7 +2,6 @@
 
     with LoopFilesystem(Path("/var/tmp"), nbytes) as filesystem:
         filesystem.copy(Path("model.gguf"), "model.gguf")
-        filesystem.make_read_only()
         filesystem.set_read_ahead(128)
 
 Everything it made is gone afterwards, after an exception or a Ctrl-C too. Linux, root and free disk space for
@@ -73,13 +72,16 @@ class LoopFilesystem:
             shutil.copyfile(source, target)
         return target
 
-    def make_read_only(self) -> None:
-        """Write everything out and forbid further writing."""
-        _run(["mount", "-o", "remount,ro", str(self.path)])
-
     def set_read_ahead(self, kib: int) -> None:
-        """Of the loop device, in KiB; files opened from now on follow it."""
-        (Path("/sys/block") / self._device.name / "queue/read_ahead_kb").write_text(str(kib))
+        """Of the loop device; files opened from now on follow it."""
+        self._read_ahead_file().write_text(str(kib))
+
+    def read_ahead(self) -> int:
+        """KiB."""
+        return int(self._read_ahead_file().read_text())
+
+    def _read_ahead_file(self) -> Path:
+        return Path("/sys/block") / self._device.name / "queue/read_ahead_kb"
 
 
 def image_bytes(nbytes: int) -> int:

@@ -51,9 +51,7 @@ class Ours:
         budget = "auto" if job.memory_bytes is None else job.memory_bytes
         reader = job.options.get("reader", "auto")
         context = len(job.tokens) + 1
-        self._llm = LLM(
-            job.model, ram_budget=budget, reader=reader, context=context, threads=job.threads
-        )
+        self._llm = LLM(job.model, ram_budget=budget, reader=reader, context=context, threads=job.threads)
 
     def prefill(self, tokens: Sequence[int]) -> int:
         return int(self._llm.engine.prefill(tokens).argmax())
