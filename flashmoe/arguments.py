@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_plan(commands)
     _add_bench(commands)
+    _add_pack(commands)
     return parser
 
 
@@ -83,7 +84,49 @@ def _add_bench(commands: "Commands") -> None:
     add("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
 
 
+def _add_pack(commands: "Commands") -> None:
+    parser = _add_bare_command(
+        commands,
+        "pack",
+        "rewrite a model so that it reads and computes faster: one extent an expert, quantised",
+    )
+    add = parser.add_argument
+    add("--output", type=Path, metavar="DIR", help="folder to make; goes on if the same command was stopped")
+    add(
+        "--format",
+        choices=("int4", "int8", "bf16"),
+        help="of the experts: int4, int8 in groups of 32 with fp16 scales; bf16: as they are (default: int4)",
+    )
+    add(
+        "--dense",
+        choices=("bf16", "int8", "int4"),
+        help="of the other matrices; int4 keeps embedding and output at int8 (default: bf16, as they are)",
+    )
+    add("--threads", type=_count, metavar="N", help="threads that quantise (default: one a core)")
+    add(
+        "--verify",
+        type=Path,
+        metavar="DIR",
+        help="only read every byte of a packed folder and compare checksums",
+    )
+    add("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
+
+
 def _add_command(commands: "Commands", name: str, summary: str) -> argparse.ArgumentParser:
+    """A command that runs a model, with the options that all of these have."""
+    parser = _add_bare_command(commands, name, summary)
+    add = parser.add_argument
+    add(
+        "--ram-budget",
+        default="auto",
+        metavar="SIZE",
+        help="RAM for the whole process: 16G, 16GB, 80%% of what is free, auto (default: auto)",
+    )
+    add("--context", type=int, metavar="N", help="tokens of conversation (default: what fits)")
+    return parser
+
+
+def _add_bare_command(commands: "Commands", name: str, summary: str) -> argparse.ArgumentParser:
     """A command with the options that all have."""
     parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     parser.set_defaults(command=name, parser=parser)
@@ -93,13 +136,6 @@ def _add_command(commands: "Commands", name: str, summary: str) -> argparse.Argu
         metavar="PATH",
         help="folder of safetensors or Hugging Face repo id (default: the demo model, built once)",
     )
-    add(
-        "--ram-budget",
-        default="auto",
-        metavar="SIZE",
-        help="RAM for the whole process: 16G, 16GB, 80%% of what is free, auto (default: auto)",
-    )
-    add("--context", type=int, metavar="N", help="tokens of conversation (default: what fits)")
     add("--quiet", action="store_true", help="neither plan nor speed on stderr")
     add("-v", "--verbose", action="store_true", help="also what was measured and decided at start")
     return parser

@@ -1,4 +1,4 @@
-"""The commands: `flashmoe run`, `plan` and `bench`. The only place that turns errors into exit codes.
+"""The commands: `flashmoe run`, `plan`, `bench` and `pack`. The only place that turns errors into exit codes.
 
 0: done. 1: a FlashMoEError or StorageError, as one line on stderr. 2: wrong usage. 130: Ctrl-C. 141: whoever
 read our output has gone. Anything else is a bug and keeps its traceback. Heavy imports come after parsing.
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flashmoe.api import LLM
     from flashmoe.budget import BudgetPlan
     from flashmoe.loader import OpenedModel
+    from flashmoe.pack import PackReport
     from flashmoe.stats_file import StatsFile
 
 EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 128 + 2, 128 + 13  # as a shell reports SIGINT and SIGPIPE
@@ -154,7 +155,51 @@ def bench(arguments: argparse.Namespace, screen: Screen) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace, Screen], int]] = {"run": run, "plan": plan, "bench": bench}
+def pack(arguments: argparse.Namespace, screen: Screen) -> int:
+    """Pack a model, or verify one. The table goes to stdout, or to stderr when stdout is to carry JSON."""
+    _check_pack_usage(arguments)
+    from flashmoe.progress_bar import progress_bar
+
+    show = screen.say if arguments.json else lambda lines: screen.write(lines + "\n")
+    if arguments.verify is not None:
+        from storage.expert_file import verify
+
+        with progress_bar() as progress:
+            manifest = verify(arguments.verify, progress)
+        show(f"{arguments.verify}: all {len(manifest.tensors)} tensors are as they were packed")
+        if arguments.json:
+            screen.write(json.dumps({"verified": True, "tensors": len(manifest.tensors)}) + "\n")
+        return 0
+    from flashmoe.model_source import find_model
+    from flashmoe.pack import PackOptions, pack
+    from storage.expert_file import JOURNAL_NAME
+
+    options = PackOptions(
+        arguments.format or "int4", arguments.dense or "bf16", arguments.threads or os.cpu_count() or 1
+    )
+    try:
+        with progress_bar() as progress:
+            folder = find_model(arguments.model, progress)
+        with progress_bar() as progress:
+            report = pack(folder, arguments.output, options, progress)
+    except KeyboardInterrupt:
+        if (arguments.output / JOURNAL_NAME).exists():
+            screen.say(
+                f"interrupted; {arguments.output} keeps what is finished, the same command goes on there"
+            )
+        return EXIT_INTERRUPTED
+    show(_pack_table(report, arguments.verbose))
+    if arguments.json:
+        screen.write(json.dumps(report.as_dict()) + "\n")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, Screen], int]] = {
+    "run": run,
+    "plan": plan,
+    "bench": bench,
+    "pack": pack,
+}
 
 
 # Parts of the commands
@@ -238,6 +283,45 @@ def _table(rows: Sequence[Sequence[str]], between: str = "  ") -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (between.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _pack_table(report: "PackReport", every_layer: bool) -> str:
+    from statistics import median
+
+    from flashmoe.sizes import format_bytes
+
+    manifest, errors = report.manifest, report.manifest.layer_errors
+    before, after = report.source_expert_bytes, manifest.experts.extent_bytes
+    rows = [
+        ("model", f"{format_bytes(report.source_bytes)} -> {format_bytes(report.packed_bytes)}"),
+        ("expert", f"{before} -> {after} bytes ({manifest.experts.format})"),
+        (
+            "time",
+            f"{report.seconds:.1f} s, {report.source_bytes / report.seconds / 1e6:.0f} MB/s of the source",
+        ),
+    ]
+    if report.resumed_shards:
+        rows.append(("resumed", f"{report.resumed_shards} of {report.shards} shards were there"))
+    if errors:
+        least, most, middle = min(errors.values()), max(errors.values()), median(errors.values())
+        spread = f"min {least:.2%}, median {middle:.2%}, max {most:.2%}"
+        rows.append(("error", f"{spread} (relative rms, by layer)"))
+    if errors and every_layer:
+        rows += [(f"  layer {layer}", f"{error:.2%}") for layer, error in errors.items()]
+    if manifest.dense_error is not None:
+        rows.append(("dense error", f"{manifest.dense_error:.2%} ({manifest.dense_format})"))
+    return _table(rows)
+
+
+def _check_pack_usage(arguments: argparse.Namespace) -> None:
+    parser: argparse.ArgumentParser = arguments.parser
+    packing = ("model", "output", "format", "dense", "threads")
+    if arguments.verify is not None:
+        for name in packing:
+            if getattr(arguments, name) is not None:
+                parser.error(f"--verify only reads: it has no place for --{name}")
+    elif arguments.output is None:
+        parser.error("give --output DIR, the folder to make, or --verify DIR, the one to check")
 
 
 def _check_run_usage(arguments: argparse.Namespace) -> None:

@@ -209,6 +209,28 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def lock_folder(folder: Path) -> int | None:
+    """Keep other processes that ask for it out of `folder` until the descriptor returned is closed.
+
+    None where the system has no such locks (Windows, some network file systems). Raises BlockingIOError where
+    another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
 # Memory
 
 

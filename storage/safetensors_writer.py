@@ -43,22 +43,22 @@ class TensorSpec(NamedTuple):
 def write_safetensors(
     path: Path,
     tensors: Sequence[TensorSpec],
-    data: Callable[[str], Bytes] | Iterable[Bytes],
+    data: Callable[[str], Bytes] | Iterable[Bytes | Iterable[Bytes]],
     metadata: Mapping[str, str] | None = None,
     align: int = PAGE_BYTES,
 ) -> None:
     """Write `tensors` in the order given, without gaps, the first one at a multiple of `align` bytes.
 
-    `data` is called with each tensor's name, or iterated, and gives its bytes, contiguous and exactly as many
-    as dtype and shape need; one tensor is held at a time. `transformers` wants `metadata` to contain
-    {"format": "pt"}. An existing file is replaced. On any error, a full disk included, nothing is left and
-    StorageError names the path, the bytes needed and the bytes free.
+    `data` is called with each tensor's name, or iterated, and gives its bytes, contiguous, or iterated piece
+    by piece, and exactly as many as dtype and shape need; one tensor, or piece, is held at a time.
+    `transformers` wants `metadata` to contain {"format": "pt"}. An existing file is replaced. On any error, a
+    full disk included, nothing is left and StorageError names the path, the bytes needed and the bytes free.
     """
-    header = _header(tensors, metadata, align)
+    header = header_bytes(tensors, metadata, align)
     needed_bytes = len(header) + sum(spec.nbytes for spec in tensors)
     _require_room(path, needed_bytes)
     chunks = map(data, (spec.name for spec in tensors)) if callable(data) else iter(data)
-    with _new_file(path, needed_bytes) as file:
+    with new_file(path, needed_bytes) as file:
         file.write(header)
         for spec in tensors:
             _write_tensor(file, spec, chunks)
@@ -80,7 +80,7 @@ def write_sharded(
     tensor data only where a single group is. On an error the shards written by this call are removed.
     """
     shards = _fill_shards(_groups(tensors, together), max_shard_bytes)
-    paths = tuple(folder / f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1))
+    paths = tuple(folder / name for name in shard_names(len(shards)))
     total_bytes = sum(spec.nbytes for spec in tensors)
     _require_room(folder / INDEX_NAME, total_bytes)
     written: list[Path] = []
@@ -88,14 +88,7 @@ def write_sharded(
         for path, specs in zip(paths, shards, strict=True):
             write_safetensors(path, specs, data, metadata, align)
             written.append(path)
-        weight_map = {
-            spec.name: path.name for path, specs in zip(paths, shards, strict=True) for spec in specs
-        }
-        index = json.dumps(
-            {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2
-        ).encode()
-        with _new_file(folder / INDEX_NAME, len(index)) as file:
-            file.write(index)
+        write_index(folder, {path.name: specs for path, specs in zip(paths, shards, strict=True)})
     except BaseException:  # Ctrl-C too: shards without an index are no checkpoint
         for path in written:
             path.unlink(missing_ok=True)
@@ -103,7 +96,23 @@ def write_sharded(
     return paths
 
 
-def _header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None, align: int) -> bytes:
+def shard_names(count: int) -> list[str]:
+    """As Hugging Face numbers them."""
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(folder: Path, shards: Mapping[str, Sequence[TensorSpec]]) -> None:
+    """Write the index of shards, by their names; an existing one is replaced."""
+    weight_map = {spec.name: name for name, specs in shards.items() for spec in specs}
+    total_bytes = sum(spec.nbytes for specs in shards.values() for spec in specs)
+    index = json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2).encode()
+    with new_file(folder / INDEX_NAME, len(index)) as file:
+        file.write(index)
+
+
+def header_bytes(
+    tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None, align: int = PAGE_BYTES
+) -> bytes:
     """Length and JSON, padded with spaces (which the format allows) up to a multiple of `align`."""
     entries: dict[str, object] = {}
     if metadata is not None:
@@ -124,20 +133,23 @@ def _header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None, a
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensor(file: BinaryIO, spec: TensorSpec, chunks: Iterator[Bytes]) -> None:
+def _write_tensor(file: BinaryIO, spec: TensorSpec, chunks: Iterator[Bytes | Iterable[Bytes]]) -> None:
     chunk = next(chunks, b"")
-    given = memoryview(chunk).nbytes
+    given = 0
+    for piece in (chunk,) if isinstance(chunk, Bytes) else chunk:
+        given += memoryview(piece).nbytes
+        if given <= spec.nbytes:
+            file.write(piece)
     if given != spec.nbytes:
         raise StorageError(
             f"tensor {quote(spec.name)}: {given} bytes given, {spec.nbytes} needed "
             f"for {spec.dtype} {list(spec.shape)}"
         )
-    file.write(chunk)
 
 
 @contextmanager
-def _new_file(path: Path, needed_bytes: int) -> Iterator[BinaryIO]:
-    """A file that gets its name only when it is complete and on the drive."""
+def new_file(path: Path, needed_bytes: int) -> Iterator[BinaryIO]:
+    """A file that gets its name only when it is complete and on the drive; until then `.name.pid.partial`."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
