@@ -176,7 +176,7 @@ class _Fields:
     def fail(self, key: str, value: Any, needed: str) -> Any:
         name = ".".join(part for part in (self._where, key) if part)
         raise CheckpointError(
-            f"{self._path}: {name} is {quote(repr(value)[:60])}, not {needed}; pack the model again"
+            f"{self._path}: {name} is {repr(value)[:60]}, not {needed}; pack the model again"
         )
 
     def object(self, key: str) -> "_Fields":
