@@ -66,16 +66,21 @@ class LLM:
         context: int | None = None,
         threads: int | None = None,
         seed: int = 0,
+        exact_activations: bool = False,
+        check_reads: bool = False,
         progress: Progress | None = None,
         on_plan: Callable[[BudgetPlan], None] | None = None,
     ) -> None:
         """Open a model and load its dense weights.
 
         `model`: folder, Hugging Face repo id, or None for the demo model. `ram_budget`: "16G", "80%", bytes,
-        "auto". `on_plan` is called once with what the budget buys, before anything is allocated;
+        "auto". `exact_activations`: fp32 activations for int4 and int8 weights too, which otherwise meet int8
+        ones. `check_reads`: compare each expert read with its checksum (packed models). `on_plan` is called once with what the budget buys, before anything is allocated;
         `progress(what, done, total)` while the model is prepared and its dense weights load.
         """
-        self.run_config = RunConfig(str(ram_budget), policy, reader, context, threads, seed)
+        self.run_config = RunConfig(
+            str(ram_budget), policy, reader, context, threads, seed, exact_activations, check_reads
+        )
         self._opened = open_model(find_model(None if model is None else str(model), progress))
         self.config, self.tokenizer = self._opened.config, self._opened.tokenizer
         self.generation_config = _read_generation_config(self._opened.folder)

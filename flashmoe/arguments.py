@@ -157,6 +157,12 @@ def _add_running_options(parser: argparse.ArgumentParser) -> None:
         help="how experts are read (default: auto, direct or buffered by a probe)",
     )
     add("--threads", type=int, metavar="N", help="threads that compute (default: one a core)")
+    add(
+        "--exact-activations",
+        action="store_true",
+        help="fp32 activations for int4 and int8 weights too, which otherwise meet int8 ones: slower",
+    )
+    add("--check-reads", action="store_true", help="compare every expert read with its checksum (packed models)")
 
 
 def _text(value: str) -> str:

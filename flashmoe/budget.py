@@ -11,7 +11,6 @@ from typing import Any
 
 from flashmoe.config import MAX_DEFAULT_CONTEXT, ModelConfig
 from flashmoe.errors import BudgetError, ConfigError
-from flashmoe.layers import QUERY_BLOCK
 from flashmoe.sizes import format_bytes
 
 PREFILL_CHUNK = 512  # tokens; the same for every budget, or the bits of a long prompt would depend on it
@@ -21,7 +20,6 @@ KV_SHARE = 0.25
 # Library code and buffers touched only after planning: math library threads, allocator slack. With two
 # threads they took up to 80 MiB (docs/benchmarks.md); the rest is for more threads.
 LATE_PROCESS_BYTES = 128 << 20
-MASK_BYTES = 13 * QUERY_BLOCK  # of attention, for each token of context
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,17 +187,19 @@ def _smallest_with_slots(
 
 
 def workspace_bytes(config: ModelConfig, context: int) -> int:
-    """Upper bound of temporary tensors: a prefill chunk in fp32, rotary tables, logits, sampling."""
+    """Upper bound of temporary memory: a prefill chunk in fp32, rotary tables, logits, sampling."""
     c, tokens = config, min(PREFILL_CHUNK, context)
     heads = c.num_attention_heads * c.head_dim
     width = max(c.moe_intermediate_size, c.intermediate_size if not all(c.moe_layers) else 0,
                 c.shared_expert_intermediate_size)  # fmt: skip
-    hidden = 8 * tokens * c.hidden_size
-    attention = tokens * 6 * (heads + 2 * c.num_key_value_heads * c.head_dim)
+    hidden = 4 * tokens * c.hidden_size  # residual stream, its norms, what the router hands on
+    attention = tokens * 2 * (heads + c.num_key_value_heads * c.head_dim)
     # The experts' products; activations made ready for the kernels, in fp32 at most: of a matrix, of one expert,
-    # and the hidden ones between its matrices.
-    experts = tokens * (c.num_experts_per_tok * c.hidden_size + max(heads, c.hidden_size) + c.hidden_size + width)
+    # and those between its matrices.
+    products = tokens * c.num_experts_per_tok * c.hidden_size
+    ready = tokens * (max(heads, c.hidden_size) + c.hidden_size + width)
+    routing = tokens * (c.num_experts + 16 * c.num_experts_per_tok)
     tables = 4 * context * c.head_dim
     logits = 6 * c.vocab_size
-    elements = hidden + attention + experts + tables + logits
-    return MASK_BYTES * context + 4 * elements
+    scores = 16 * 6 * context  # of a block of queries, in each of up to 16 threads
+    return 4 * (hidden + attention + products + ready + routing + tables + logits + scores)

@@ -81,6 +81,8 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
                 reader=arguments.reader,
                 context=arguments.context,
                 threads=arguments.threads,
+                exact_activations=arguments.exact_activations,
+                check_reads=arguments.check_reads,
                 progress=progress,
                 on_plan=partial(_show_plan, screen=screen),
             )
@@ -132,7 +134,13 @@ def bench(arguments: argparse.Namespace, screen: Screen) -> int:
     tests = arguments.prompt_tokens, arguments.decode_tokens
     context = context_for(*tests) if arguments.context is None else arguments.context
     run_config = RunConfig(
-        arguments.ram_budget, arguments.policy, arguments.reader, context, arguments.threads
+        arguments.ram_budget,
+        arguments.policy,
+        arguments.reader,
+        context,
+        arguments.threads,
+        exact_activations=arguments.exact_activations,
+        check_reads=arguments.check_reads,
     )
     model = _open(arguments)
     text = TokenText(model.tokenizer, texts)

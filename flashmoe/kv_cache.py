@@ -12,7 +12,7 @@ from flashmoe.config import ModelConfig
 
 
 class KVCache:
-    """`length` tokens are valid; the model appends behind them layer by layer, then calls `advance`."""
+    """`length` tokens are valid; native code writes those behind them layer by layer, then `advance` is called."""
 
     def __init__(self, config: ModelConfig, context: int) -> None:
         shape = (context, config.num_key_value_heads, config.head_dim)
@@ -21,20 +21,12 @@ class KVCache:
         self._keys = [torch.empty(shape) for _ in range(config.num_hidden_layers)]
         self._values = [torch.empty(shape) for _ in range(config.num_hidden_layers)]
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put [T, G, d] behind the valid tokens; returns views of all [length + T, G, d]."""
-        end = self.length + keys.shape[0]
-        assert end <= self.context, "more tokens than the context holds"
-        self._keys[layer][self.length : end] = keys
-        self._values[layer][self.length : end] = values
-        return self._keys[layer][:end], self._values[layer][:end]
-
     def tensors(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the whole context, [context, G, d] each, valid or not."""
         return self._keys[layer], self._values[layer]
 
     def advance(self, tokens: int) -> None:
-        """Make `tokens` appended ones valid, once every layer has them."""
+        """Make `tokens` more valid, once every layer has them."""
         self.length += tokens
 
     def truncate(self, length: int) -> None:

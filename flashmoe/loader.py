@@ -28,8 +28,8 @@ from kernels.native import ISA_VARIABLE, Format, make_context
 from storage import host
 from storage.checkpoint import open_checkpoint
 from storage.drive_probe import ProbeResult, probe
-from storage.expert_file import read_manifest
-from storage.expert_reader import ReadPlan, open_reader, plan_read
+from storage.expert_file import CheckedReader, read_manifest
+from storage.expert_reader import ExpertReader, ReadPlan, open_reader, plan_read
 from storage.read_queue import ReadQueue
 
 # What `auto` chooses from. Not mmap: its pages are the system's to take back; it keeps a budget only by luck.
@@ -108,6 +108,11 @@ def load_engine(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LoadedEngine:
     """Probe the drive, read the dense weights, allocate KV cache and slots; `progress` counts bytes."""
+    if run.check_reads and model.layout.packed is None:
+        raise ConfigError(
+            f"--check-reads needs the checksums of a packed model; {model.folder} is not packed: flashmoe pack"
+            f" --model {model.folder} --output DIR makes one"
+        )
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     try:
@@ -123,7 +128,7 @@ def load_engine(
         begin = time.perf_counter()
         weights = load_dense(model.layout, _progress_of_bytes(progress, model.layout.dense_read_bytes))
         dense_load_s = time.perf_counter() - begin
-        reader = open_reader(probed.reader, paths, shard_bytes)
+        reader = _open_reader(probed.reader, model, run.check_reads)
         cache = ExpertCache(
             model.read_plans,
             reader,
@@ -136,6 +141,12 @@ def load_engine(
         )
         engine = Engine(decoder)
     return LoadedEngine(engine, cache, probed, dense_load_s)
+
+
+def _open_reader(name: str, model: OpenedModel, check_reads: bool) -> ExpertReader:
+    checkpoint, packed = model.layout.checkpoint, model.layout.packed
+    reader = open_reader(name, checkpoint.shards, checkpoint.shard_bytes)
+    return CheckedReader(reader, checkpoint, packed) if check_reads and packed is not None else reader
 
 
 @contextmanager

@@ -9,6 +9,7 @@ experts were resident.
 import ctypes
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,29 +21,30 @@ Addresses = tuple[int, int, int]  # of gate, up and down; of a packed expert the
 class Routing:
     """Which rows each expert serves, for T tokens with K experts each.
 
-    expert_ids [T, K] int64. Row r of the products belongs to token r // K.
+    expert_ids [T, K] int32. Row r of the products belongs to token r // K.
     """
 
     def __init__(self, expert_ids: Tensor) -> None:
-        self.top_k = expert_ids.shape[1]
-        flat = expert_ids.flatten()
-        order = torch.argsort(flat, stable=True)
-        experts, counts = torch.unique_consecutive(flat[order], return_counts=True)
-        self.rows = order.int()  # [T * K], those of one expert side by side, ascending
-        self.begin = torch.zeros(len(experts) + 1, dtype=torch.int32)  # where each expert's begin
-        self.begin[1:] = counts.cumsum(0)
+        top_k, flat = expert_ids.shape[1], expert_ids.numpy().reshape(-1)
+        self._rows = np.argsort(flat, kind="stable").astype(np.int32)  # those of one expert side by side
+        experts, first = np.unique(flat[self._rows], return_index=True)
+        self._begin = np.append(first, len(flat)).astype(np.int32)  # where each expert's rows begin
         self._index = {expert: i for i, expert in enumerate(experts.tolist())}
-        last = self.rows[(self.begin[1:] - 1).long()] // self.top_k  # the last token of each
-        self._last_token = dict(zip(self._index, last.tolist(), strict=True))
+        self._last_token = (self._rows[self._begin[1:] - 1] // top_k).tolist()
 
     @property
     def experts(self) -> list[int]:
         """The routed experts, each once, the one whose last token came earliest first."""
-        return sorted(self._index, key=lambda expert: (self._last_token[expert], expert))
+        return sorted(self._index, key=lambda expert: (self._last_token[self._index[expert]], expert))
+
+    @property
+    def rows(self) -> int:
+        """The address of int32 [T * K]."""
+        return self._rows.ctypes.data
 
     def row_begin(self, expert: int) -> int:
-        """The address of two int32: where this expert's rows begin and end."""
-        return self.begin.data_ptr() + 4 * self._index[expert]
+        """The address of two int32: where this expert's rows begin and end in `rows`."""
+        return self._begin.ctypes.data + 4 * self._index[expert]
 
 
 class ExpertFFN:
@@ -55,7 +57,8 @@ class ExpertFFN:
         self._table = (ctypes.c_uint64 * (3 * top_k))()
         self._one_row_each = (ctypes.c_int32 * (top_k + 1))(*range(top_k + 1))
         self._rows = (ctypes.c_int32 * top_k)()
-        self._addresses = tuple(map(ctypes.addressof, (self._table, self._one_row_each, self._rows)))
+        arrays = (self._table, self._one_row_each, self._rows)
+        self._addresses = tuple(ctypes.addressof(array) for array in arrays)
 
     def begin(self, x: Tensor) -> None:
         """Start an event for x [T, D] float32, contiguous; it must stay as it is until the last `add`."""
@@ -67,19 +70,19 @@ class ExpertFFN:
     def add_to_one_token(self, experts: Sequence[tuple[int, Addresses]]) -> None:
         """Of T = 1: compute experts, each given as (its place among the K, its addresses)."""
         for i, (k, addresses) in enumerate(experts):
-            self._table[3 * i : 3 * i + 3] = addresses  # type: ignore[assignment]  # the stubs want a list
+            self._table[3 * i : 3 * i + 3] = list(addresses)
             self._rows[i] = k
         table, row_begin, rows = self._addresses
         self._context.moe_experts(table, len(experts), row_begin, rows, self._products.data_ptr())
 
     def add(self, routing: Routing, expert: int, addresses: Addresses) -> None:
         """Compute one expert for all its tokens."""
-        self._table[:3] = addresses  # type: ignore[assignment]
+        self._table[:3] = list(addresses)
         self._context.moe_experts(
             self._addresses[0],
             1,
             routing.row_begin(expert),
-            routing.rows.data_ptr(),
+            routing.rows,
             self._products.data_ptr(),
         )
 

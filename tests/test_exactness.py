@@ -11,6 +11,7 @@ from tiny_models import make_tiny_checkpoint
 from cache_policies.registry import POLICY_NAMES
 from flashmoe.budget import PREFILL_CHUNK
 from flashmoe.engine import Engine
+from kernels.native import available_isas
 
 TOP_K = 4  # the sum of two does not depend on their order, that of more does
 FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe")
@@ -63,3 +64,17 @@ def test_every_reader_gives_the_same_bits(folder: Path, all_resident: torch.Tens
 
 def test_the_size_of_the_context_does_not_change_the_bits(folder: Path, all_resident: torch.Tensor) -> None:
     assert torch.equal(conversation(build_engine(folder, slots=5, context=700)), all_resident)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_number_of_threads_gives_the_same_bits(
+    folder: Path, all_resident: torch.Tensor, threads: int
+) -> None:
+    assert torch.equal(conversation(build_engine(folder, slots=5, threads=threads, context=2048)), all_resident)
+
+
+@pytest.mark.parametrize("isa", available_isas())
+def test_every_instruction_set_gives_the_same_bits(
+    folder: Path, all_resident: torch.Tensor, isa: str
+) -> None:
+    assert torch.equal(conversation(build_engine(folder, slots=5, isa=isa, context=2048)), all_resident)

@@ -1,8 +1,8 @@
 """The expert cache against a scripted drive: arrival order, failures and every count are under the test's
 control."""
 
+import ctypes
 import queue
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from cache_policies.registry import POLICY_NAMES, make_policy
 from flashmoe.expert_cache import ExpertCache
-from flashmoe.weights import ExpertId, ExpertLayout
-from kernels.expert_ffn import ExpertWeights
-from storage.expert_reader import Extent, ReadPlan, Run
+from flashmoe.weights import ExpertId
+from kernels.expert_ffn import Addresses
+from storage.expert_reader import ReadPlan, Run
 from storage.read_queue import Completion
 from storage.storage_errors import ReadError
 
@@ -69,30 +69,35 @@ def make_cache(
 ) -> tuple[ExpertCache, ScriptedDrive]:
     drive = drive or ScriptedDrive()
     ids = [(layer, expert) for layer in range(layers) for expert in range(experts)]
-    extent = Extent(0, 0, MATRIX_BYTES)
-    layout = {key: ExpertLayout((extent, extent, extent), torch.float32) for key in ids}
     plan = ReadPlan((Run(0, 0, EXPERT_BYTES, 0),), ((0, MATRIX_BYTES),) * 3, 4096, EXPERT_BYTES, EXPERT_BYTES)
     cache = ExpertCache(
-        layout, {key: plan for key in ids}, HIDDEN, WIDTH,
-        drive, drive, make_policy(policy), slots,  # type: ignore[arg-type]
+        {key: plan for key in ids}, drive, drive, make_policy(policy), slots,  # type: ignore[arg-type]
     )  # fmt: skip
     return cache, drive
 
 
 def fetch(cache: ExpertCache, layer: int, routed: list[int]) -> list[int]:
     """Run one decode event; check that every expert came with its own bytes. Returns the order served."""
-    return list(_checked(layer, cache.fetch(layer, routed, [1.0] * len(routed))))
+    served = []
+    for batch in cache.fetch(layer, routed, [1.0] * len(routed)):
+        for place, addresses in batch:
+            check_bytes(layer, routed[place], addresses)
+            served.append(routed[place])
+    return served
 
 
 def stream(cache: ExpertCache, layer: int, experts: list[int]) -> list[int]:
-    return list(_checked(layer, cache.stream(layer, experts)))
+    served = []
+    for expert, addresses in cache.stream(layer, experts):
+        check_bytes(layer, expert, addresses)
+        served.append(expert)
+    return served
 
 
-def _checked(layer: int, served: Iterator[tuple[int, ExpertWeights]]) -> Iterator[int]:
-    for expert, weights in served:
-        assert [tuple(t.shape) for t in weights] == [(WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)]
-        assert all(bool((t == 100 * layer + expert).all()) for t in weights)
-        yield expert
+def check_bytes(layer: int, expert: int, addresses: Addresses) -> None:
+    for address in addresses:
+        matrix = (ctypes.c_float * (HIDDEN * WIDTH)).from_address(address)
+        assert set(matrix) == {100.0 * layer + expert}
 
 
 def test_hits_are_served_before_anything_that_has_to_be_read() -> None:

@@ -52,15 +52,17 @@ class Context:
         self, experts: Experts, x: int, tokens: int, top_k: int, table: int, n: int, row_begin: int, rows: int,
         products: int, weights: int, y: int,
     ) -> None: ...  # fmt: skip
-    def attend(self, attention: Attention, cos: int, sin: int, position: int, x: int) -> None: ...
-    def attend_and_route(
-        self, attention: Attention, router: Router, cos: int, sin: int, position: int, x: int, h: int,
-        probabilities: int, ids: int, weights: int,
-    ) -> None: ...  # fmt: skip
-    def route(
-        self, router: Router, x: int, h: int, probabilities: int, ids: int, weights: int
+    def attend(
+        self, attention: Attention, cos: int, sin: int, position: int, tokens: int, x: int
     ) -> None: ...
-    def rms_norm(self, x: int, weight: int, hidden: int, eps: float, h: int) -> None: ...
+    def route(
+        self, router: Router, x: int, tokens: int, h: int, probabilities: int, ids: int, weights: int
+    ) -> None: ...
+    def attend_and_route(
+        self, attention: Attention, router: Router, cos: int, sin: int, position: int, tokens: int, x: int,
+        h: int, probabilities: int, ids: int, weights: int,
+    ) -> None: ...  # fmt: skip
+    def rms_norm(self, x: int, weight: int, tokens: int, hidden: int, eps: float, h: int) -> None: ...
     def pack_matrix(
         self, source: Matrix, format: int, importance: int, out: int
     ) -> tuple[float, float]: ...

@@ -1,5 +1,4 @@
-// What surrounds the matrices when one token is decoded: norms, rotary embedding, attention over the KV cache, the
-// router. Prefill does these with torch (flashmoe/layers.py), in the same order of operations but not the same bits.
+// What surrounds the matrices of a layer: norms, rotary embedding, attention over the KV cache, the router.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -10,6 +9,15 @@
 using namespace flashmoe;
 
 namespace {
+
+// Work that is some microseconds in all is not worth waking anybody for.
+constexpr int64_t kSmallWork = 1 << 14;  // multiply-adds
+
+template <class Work>
+void run_if_large(fm_context* c, int64_t items, int64_t cost_of_item, const Work& work) {
+  if (items * cost_of_item > kSmallWork) return c->pool.run(items, work);
+  for (int64_t i = 0; i < items; i++) work(i);
+}
 
 void rms_norm(const Isa& isa, const float* x, const float* weight, int64_t n, float eps, float* y) {
   const float scale = 1.f / std::sqrt(isa.dot(x, x, n) / float(n) + eps);
@@ -26,87 +34,121 @@ void rotate(float* x, const float* cos, const float* sin, int64_t d) {
   }
 }
 
-void norm_heads(const Isa& isa, float* x, int64_t heads, int64_t d, const float* weight, int32_t kind, float eps) {
-  if (kind == 2) return rms_norm(isa, x, weight, heads * d, eps, x);
-  for (int64_t h = 0; h < heads; h++) rms_norm(isa, x + h * d, weight, d, eps, x + h * d);
+// Queries or keys of one token: norms, clipping, rotation, in the order of the families that have them.
+void prepare_heads(const Isa& isa, const fm_attention& a, float* x, int64_t heads, const float* norm, const float* cos,
+                   const float* sin) {
+  const int64_t d = a.head_dim;
+  if (a.qk_norm == 2) rms_norm(isa, x, norm, heads * d, a.eps, x);
+  if (a.clip > 0.f)
+    for (int64_t i = 0; i < heads * d; i++) x[i] = x[i] > a.clip ? a.clip : x[i] < -a.clip ? -a.clip : x[i];
+  for (int64_t h = 0; h < heads; h++) {
+    if (a.qk_norm == 1) rms_norm(isa, x + h * d, norm, d, a.eps, x + h * d);
+    rotate(x + h * d, cos, sin, d);
+  }
+}
+
+// `count` queries of one head, the first at `position`, against the keys and values that each of them sees.
+// q, y: the first query's head; token_step floats from token to token. scores: count x (seen by any of them).
+void attend_block(const Isa& isa, const fm_attention& a, int64_t head, int64_t position, int count, const float* q,
+                  int64_t q_step, float* scores, float* y, int64_t y_step) {
+  const int64_t d = a.head_dim, row = int64_t(a.kv_heads) * d, kv = head / (a.heads / a.kv_heads) * d;
+  const auto first_seen = [&](int m) { return a.window > 0 ? std::max<int64_t>(0, position + m + 1 - a.window) : 0; };
+  const int64_t begin = first_seen(0), seen = position + count - begin, padded = round_up(d, 16);
+  const float scale = 1.f / std::sqrt(float(d));
+
+  std::vector<float> queries(size_t(count * padded));
+  for (int m = 0; m < count; m++)
+    for (int64_t i = 0; i < d; i++) queries[size_t(m * padded + i)] = q[m * q_step + i] * scale;
+  const auto* keys = reinterpret_cast<const uint8_t*>(a.keys + begin * row + kv);
+  const int64_t row_bytes = row * int64_t(sizeof(float));
+  int64_t s = 0;
+  for (; s + isa.rows <= seen; s += isa.rows)
+    isa.many_rows[2][count](keys + s * row_bytes, row_bytes, d, queries.data(), padded, scores + s, seen);
+  for (; s < seen; s++)
+    isa.one_row[2][count](keys + s * row_bytes, row_bytes, d, queries.data(), padded, scores + s, seen);
+
+  float total[kMaxTokens];
+  for (int m = 0; m < count; m++) {
+    float* of_query = scores + m * seen;
+    const int64_t from = first_seen(m) - begin, to = position + m + 1 - begin;
+    std::fill(of_query, of_query + from, 0.f);
+    std::fill(of_query + to, of_query + seen, 0.f);
+    total[m] = isa.exp_shifted(of_query + from, to - from);
+  }
+  isa.mix_rows[count](scores, seen, a.values + begin * row + kv, row, seen, d, y, y_step);
+  for (int m = 0; m < count; m++)
+    for (int64_t i = 0; i < d; i++) y[m * y_step + i] /= total[m];
 }
 
 }  // namespace
 
-void fm_rms_norm(fm_context* c, const float* x, const float* weight, int64_t hidden, float eps, float* h) {
+void fm_rms_norm(fm_context* c, const float* x, const float* weight, int64_t tokens, int64_t hidden, float eps,
+                 float* h) {
   Busy busy(c);
-  rms_norm(c->isa, x, weight, hidden, eps, h);
+  run_if_large(c, tokens, 2 * hidden,
+               [&](int64_t t) { rms_norm(c->isa, x + t * hidden, weight, hidden, eps, h + t * hidden); });
 }
 
-void fm_attend(fm_context* c, const fm_attention* a, const float* cos, const float* sin, int64_t position, float* x) {
-  const int64_t d = a->head_dim, queries = a->heads * d, keys = a->kv_heads * d;
-  float* qkv = c->attention.fit<float>(queries + 2 * keys + queries);
-  float *q = qkv, *k = q + queries, *v = k + keys, *y = v + keys;
-  float* normed = c->normed.fit<float>(a->hidden);
-  fm_rms_norm(c, x, a->input_norm, a->hidden, a->eps, normed);
-  fm_linear(c, &a->qkv, a->qkv_bias, normed, 1, a->exact, qkv, queries + 2 * keys);
+void fm_attend(fm_context* c, const fm_attention* a, const float* cos, const float* sin, int64_t position,
+               int64_t tokens, float* x) {
+  const int64_t d = a->head_dim, hidden = a->hidden, queries = a->heads * d, keys = a->kv_heads * d;
+  const int64_t qkv_step = queries + 2 * keys;
+  float* qkv = c->attention.fit<float>(tokens * (qkv_step + queries));
+  float* y = qkv + tokens * qkv_step;
+  float* normed = c->normed.fit<float>(tokens * hidden);
+  fm_rms_norm(c, x, a->input_norm, tokens, hidden, a->eps, normed);
+  fm_linear(c, &a->qkv, a->qkv_bias, normed, tokens, a->exact, qkv, qkv_step);
   {
     Busy busy(c);
-    if (a->qk_norm == 2) {
-      norm_heads(c->isa, q, a->heads, d, a->q_norm, 2, a->eps);
-      norm_heads(c->isa, k, a->kv_heads, d, a->k_norm, 2, a->eps);
-    }
-    if (a->clip > 0.f)
-      for (int64_t i = 0; i < queries + 2 * keys; i++)
-        qkv[i] = qkv[i] > a->clip ? a->clip : qkv[i] < -a->clip ? -a->clip : qkv[i];
-    if (a->qk_norm == 1) {
-      norm_heads(c->isa, q, a->heads, d, a->q_norm, 1, a->eps);
-      norm_heads(c->isa, k, a->kv_heads, d, a->k_norm, 1, a->eps);
-    }
-    for (int64_t h = 0; h < a->heads; h++) rotate(q + h * d, cos, sin, d);
-    for (int64_t h = 0; h < a->kv_heads; h++) rotate(k + h * d, cos, sin, d);
-    std::memcpy(a->keys + position * keys, k, sizeof(float) * keys);
-    std::memcpy(a->values + position * keys, v, sizeof(float) * keys);
-
-    const int64_t first = a->window > 0 ? std::max<int64_t>(0, position + 1 - a->window) : 0;
-    const int64_t seen = position + 1 - first;
-    const float scale = 1.f / std::sqrt(float(d));
-    float* all_scores = c->scores.fit<float>(a->heads * seen);
-    const auto head = [&](int64_t h) {
-      const int64_t kv = h / (a->heads / a->kv_heads) * d;
-      float *scores = all_scores + h * seen, *out = y + h * d;
-      for (int64_t s = 0; s < seen; s++)
-        scores[s] = scale * c->isa.dot(q + h * d, a->keys + (first + s) * keys + kv, d);
-      const float total = c->isa.exp_shifted(scores, seen);
-      std::memset(out, 0, sizeof(float) * d);
-      for (int64_t s = 0; s < seen; s++) c->isa.add_scaled(scores[s], a->values + (first + s) * keys + kv, d, out);
-      for (int64_t i = 0; i < d; i++) out[i] /= total;
-    };
-    if (seen < 64)  // some microseconds in all
-      for (int64_t h = 0; h < a->heads; h++) head(h);
-    else
-      c->pool.run(a->heads, head);
+    run_if_large(c, tokens, 8 * qkv_step, [&](int64_t t) {
+      float *q = qkv + t * qkv_step, *k = q + queries, *v = k + keys;
+      prepare_heads(c->isa, *a, q, a->heads, a->q_norm, cos + t * d, sin + t * d);
+      prepare_heads(c->isa, *a, k, a->kv_heads, a->k_norm, cos + t * d, sin + t * d);
+      for (int64_t i = 0; a->clip > 0.f && i < keys; i++)
+        v[i] = v[i] > a->clip ? a->clip : v[i] < -a->clip ? -a->clip : v[i];
+      std::memcpy(a->keys + (position + t) * keys, k, sizeof(float) * keys);
+      std::memcpy(a->values + (position + t) * keys, v, sizeof(float) * keys);
+    });
+    const int64_t block = c->isa.row_tokens, blocks = (tokens + block - 1) / block;
+    const int64_t most_seen = position + tokens;
+    run_if_large(c, a->heads * blocks, std::min(tokens, block) * most_seen * d, [&](int64_t item) {
+      const int64_t head = item % a->heads, first = item / a->heads * block;
+      const int count = int(std::min(block, tokens - first));
+      std::vector<float> scores(size_t(count * (position + first + count)));
+      attend_block(c->isa, *a, head, position + first, count, qkv + first * qkv_step + head * d, qkv_step,
+                   scores.data(), y + first * queries + head * d, queries);
+    });
   }
-  fm_linear(c, &a->o, a->o_bias, y, 1, a->exact, normed, a->hidden);
-  for (int64_t i = 0; i < a->hidden; i++) x[i] += normed[i];
+  fm_linear(c, &a->o, a->o_bias, y, tokens, a->exact, normed, hidden);
+  Busy busy(c);
+  run_if_large(c, tokens, hidden, [&](int64_t t) {
+    c->isa.add_scaled(1.f, normed + t * hidden, hidden, x + t * hidden);
+  });
 }
 
-void fm_route(fm_context* c, const fm_router* r, const float* x, float* h, float* probabilities, int32_t* ids,
-              float* weights) {
-  fm_rms_norm(c, x, r->norm, r->hidden, r->eps, h);
+void fm_route(fm_context* c, const fm_router* r, const float* x, int64_t tokens, float* h, float* probabilities,
+              int32_t* ids, float* weights) {
+  fm_rms_norm(c, x, r->norm, tokens, r->hidden, r->eps, h);
   const fm_matrix matrix{r->weight, FM_F32, r->experts, r->hidden};
-  fm_linear(c, &matrix, nullptr, h, 1, 1, probabilities, r->experts);
+  fm_linear(c, &matrix, nullptr, h, tokens, 1, probabilities, r->experts);
   Busy busy(c);
-  const float total = c->isa.exp_shifted(probabilities, r->experts);
-  for (int32_t e = 0; e < r->experts; e++) probabilities[e] /= total;
-  std::vector<int32_t> order(size_t(r->experts));
-  for (int32_t e = 0; e < r->experts; e++) order[size_t(e)] = e;
-  const auto likelier = [&](int32_t a, int32_t b) {
-    return probabilities[a] != probabilities[b] ? probabilities[a] > probabilities[b] : a < b;
-  };
-  bool finite = true;  // NaN has no order; whoever reads the logits reports it
-  for (int32_t e = 0; e < r->experts; e++) finite = finite && probabilities[e] == probabilities[e];
-  if (finite) std::partial_sort(order.begin(), order.begin() + r->top_k, order.end(), likelier);
-  float sum = 0;
-  for (int32_t k = 0; k < r->top_k; k++) {
-    ids[k] = order[size_t(k)];
-    weights[k] = probabilities[ids[k]];
-    sum += weights[k];
-  }
-  for (int32_t k = 0; r->renormalise != 0 && k < r->top_k; k++) weights[k] /= sum;
+  const int64_t experts = r->experts, top_k = r->top_k;
+  run_if_large(c, tokens, 32 * experts, [&](int64_t t) {
+    float *p = probabilities + t * experts, *w = weights + t * top_k;
+    int32_t* chosen = ids + t * top_k;
+    const float total = c->isa.exp_shifted(p, experts);
+    for (int64_t e = 0; e < experts; e++) p[e] /= total;
+    const auto likelier = [p](int32_t a, int32_t b) { return p[a] != p[b] ? p[a] > p[b] : a < b; };
+    std::vector<int32_t> order(size_t(experts), 0);
+    bool finite = true;  // NaN has no order; whoever reads the logits reports it
+    for (int64_t e = 0; e < experts; e++) order[size_t(e)] = int32_t(e), finite = finite && p[e] == p[e];
+    if (finite) std::partial_sort(order.begin(), order.begin() + top_k, order.end(), likelier);
+    float sum = 0;
+    for (int64_t k = 0; k < top_k; k++) {
+      chosen[k] = order[size_t(k)];
+      w[k] = p[chosen[k]];
+      sum += w[k];
+    }
+    for (int64_t k = 0; r->renormalise != 0 && k < top_k; k++) w[k] /= sum;
+  });
 }

@@ -156,6 +156,5 @@ const char* fm_isa_names() {
 double fm_busy_s(const fm_context* context) { return context->busy_s; }
 
 int64_t fm_workspace_bytes(const fm_context* c) {
-  return c->input.bytes() + c->hidden.bytes() + c->gathered.bytes() + c->products.bytes() + c->attention.bytes() +
-         c->scores.bytes() + c->normed.bytes() + c->logits.bytes();
+  return c->input.bytes() + c->hidden.bytes() + c->gathered.bytes() + c->attention.bytes() + c->normed.bytes();
 }

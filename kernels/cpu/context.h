@@ -97,9 +97,8 @@ struct fm_context {
   double busy_s = 0;
 
   flashmoe::Activations input, hidden;  // of linear layers and of one expert event
-  flashmoe::Buffer products;            // of fm_mlp
-  flashmoe::Buffer attention, scores;   // of fm_attend
-  flashmoe::Buffer normed, logits;
+  flashmoe::Buffer attention;           // of fm_attend: q, k, v and its result
+  flashmoe::Buffer normed;
 
   // The event between fm_moe_begin and fm_moe_end.
   fm_experts experts{};

@@ -80,16 +80,17 @@ void fm_moe_end(fm_context*, const float* products, const float* weights, float*
 void fm_mlp(fm_context*, int32_t activation, const fm_matrix* gate, const fm_matrix* up, const fm_matrix* down,
             const float* x, int64_t tokens, int32_t exact, const float* factor, float* y);
 
-// One token at `position`: x [D] += attention(norm(x)); cos, sin [d]. Its key and value are stored.
-void fm_attend(fm_context*, const fm_attention*, const float* cos, const float* sin, int64_t position, float* x);
+// T tokens, the first at `position`: x [T, D] += attention(norm(x)); cos, sin [T, d]. Keys and values are stored.
+void fm_attend(fm_context*, const fm_attention*, const float* cos, const float* sin, int64_t position, int64_t tokens,
+               float* x);
 
-// h [D] = norm(x); the top-k experts, likeliest first (the lower id where two are equal), and their weights.
-// probabilities [experts]: softmax over all.
-void fm_route(fm_context*, const fm_router*, const float* x, float* h, float* probabilities, int32_t* ids,
-              float* weights);
+// h [T, D] = norm(x); the top-k experts of each token, likeliest first (the lower id where two are equal), and their
+// weights [T, top_k]. probabilities [T, experts]: softmax over all.
+void fm_route(fm_context*, const fm_router*, const float* x, int64_t tokens, float* h, float* probabilities,
+              int32_t* ids, float* weights);
 
-// h [D] = x / rms(x) * weight
-void fm_rms_norm(fm_context*, const float* x, const float* weight, int64_t hidden, float eps, float* h);
+// h [T, D] = x / rms(x) * weight
+void fm_rms_norm(fm_context*, const float* x, const float* weight, int64_t tokens, int64_t hidden, float eps, float* h);
 
 // Rows of a matrix, widened to fp32: out [n, K].
 void fm_gather_rows(const fm_matrix*, const int64_t* ids, int64_t n, float* out);

@@ -26,12 +26,17 @@ using TileKernel = void (*)(const uint8_t* tile, int64_t groups, const Block&, f
 using RowsKernel = void (*)(const uint8_t* rows, int64_t row_bytes, int64_t columns, const float* x, int64_t x_step,
                             float* out, int64_t out_step);
 
+using MixKernel = void (*)(const float* p, int64_t p_step, const float* v, int64_t v_step, int64_t n, int64_t d,
+                           float* out, int64_t out_step);
+
 struct Isa {
   const char* name;
   int tile_tokens, row_tokens, rows;            // most tokens of a tile and a row kernel, rows of the latter
   TileKernel tile[2][2][kMaxTokens + 1];        // [int8?][exact?][M]
   RowsKernel many_rows[3][kMaxTokens + 1];      // [bf16, fp16, fp32][M], `rows` rows
   RowsKernel one_row[3][kMaxTokens + 1];
+  // out [M][d] = p [M][n] V: rows of V, v_step floats apart, added in order with the weights p.
+  MixKernel mix_rows[kMaxTokens + 1];
   // 32 values -> int8, written 4 at a time every q_step bytes; their scale and -zero * sum.
   void (*quantise_group)(const float* x, int32_t zero, int8_t* q, int64_t q_step, float* scale, int32_t* bias);
   // h = act(gate) * up over n values.

@@ -194,6 +194,45 @@ void rows_kernel(const uint8_t* w, int64_t row_bytes, int64_t columns, const flo
     for (int m = 0; m < M; m++) out[m * out_step + r] = join_lanes(acc[r][m]);
 }
 
+// Columns [begin, begin + 16 C) of the weighted sum of n rows.
+template <int M, int C>
+inline void mix_columns(const float* p, int64_t p_step, const float* v, int64_t v_step, int64_t n, float* out,
+                        int64_t out_step) {
+  F acc[M][C][kParts];
+  for (int m = 0; m < M; m++)
+    for (int c = 0; c < C; c++)
+      for (int part = 0; part < kParts; part++) acc[m][c][part] = zero();
+  for (int64_t s = 0; s < n; s++)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c++)
+#pragma GCC unroll 8
+      for (int part = 0; part < kParts; part++) {
+        const F values = load(v + s * v_step + 16 * c + kLanes * part);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) acc[m][c][part] = fmadd(set1(p[m * p_step + s]), values, acc[m][c][part]);
+      }
+  for (int m = 0; m < M; m++)
+    for (int c = 0; c < C; c++)
+      for (int part = 0; part < kParts; part++) store(out + m * out_step + 16 * c + kLanes * part, acc[m][c][part]);
+}
+
+template <int M>
+void mix_rows(const float* p, int64_t p_step, const float* v, int64_t v_step, int64_t n, int64_t d, float* out,
+              int64_t out_step) {
+  constexpr int C = kLanes == 16 ? 4 : 2;  // as many as registers hold for kRowTokens tokens
+  int64_t begin = 0;
+  for (; begin + 16 * C <= d; begin += 16 * C)
+    mix_columns<M, C>(p, p_step, v + begin, v_step, n, out + begin, out_step);
+  for (; begin + 16 <= d; begin += 16)
+    mix_columns<M, 1>(p, p_step, v + begin, v_step, n, out + begin, out_step);
+  for (; begin < d; begin++)
+    for (int m = 0; m < M; m++) {
+      float sum = 0.f;
+      for (int64_t s = 0; s < n; s++) sum = __builtin_fmaf(p[m * p_step + s], v[s * v_step + begin], sum);
+      out[m * out_step + begin] = sum;
+    }
+}
+
 // ---- everything that is not weights ---------------------------------------------------------------------------
 
 float dot(const float* a, const float* b, int64_t n) {
@@ -330,6 +369,7 @@ constexpr Isa make_isa(const char* name) {
        {FLASHMOE_TILES(tile_int8_activations, 8), FLASHMOE_TILES(tile_exact, 8)}},
       {FLASHMOE_ROWS(Bf16, kRows), FLASHMOE_ROWS(F16, kRows), FLASHMOE_ROWS(F32, kRows)},
       {FLASHMOE_ROWS(Bf16, 1), FLASHMOE_ROWS(F16, 1), FLASHMOE_ROWS(F32, 1)},
+      {nullptr, mix_rows<1>, mix_rows<2>, mix_rows<3>, mix_rows<4>, mix_rows<5>, mix_rows<6>, nullptr, nullptr},
       quantise_group, activate, dot, add_scaled, exp_shifted, pack_tile,
   };
 }
