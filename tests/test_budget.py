@@ -15,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from flashmoe.budget import (
     LATE_PROCESS_BYTES,
-    LINEAR_SCRATCH_BYTES,
     PREFILL_CHUNK,
     SMALLEST_DEFAULT_CONTEXT,
     BudgetPlan,
@@ -26,11 +25,10 @@ from flashmoe.budget import (
 from flashmoe.config import MAX_DEFAULT_CONTEXT, ModelConfig, parse_model_config
 from flashmoe.decoder import Decoder
 from flashmoe.errors import BudgetError, ConfigError
-from flashmoe.layers import attention
 from flashmoe.sizes import format_bytes, parse_size
-from flashmoe.weights import DenseWeights, LayerWeights
-from kernels.expert_ffn import ExpertWeights
-from kernels.mixed_linear import MixedLinear
+from flashmoe.weights import DenseWeights, LayerWeights, Weight
+from kernels.expert_ffn import Addresses
+from kernels.native import Format, make_context
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -274,13 +272,6 @@ def test_a_plan_is_told_to_people_and_to_programs_alike() -> None:
 # The workspace against what really is allocated
 
 
-def test_the_linear_scratch_in_the_plan_is_the_one_that_the_kernels_allocate() -> None:
-    assert MixedLinear.scratch_bytes == LINEAR_SCRATCH_BYTES
-    linear = MixedLinear()
-    linear(torch.zeros(2, 2048), torch.zeros(3000, 2048, dtype=torch.bfloat16))
-    assert linear._scratch.nbytes <= LINEAR_SCRATCH_BYTES
-
-
 def peak_allocated(tmp_path: Path, work: Callable[[], object]) -> int:
     """The most bytes of tensors that `work()` has alive at once beyond those before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -299,14 +290,15 @@ def peak_allocated(tmp_path: Path, work: Callable[[], object]) -> int:
 class InMemoryExperts:
     """Stands for the expert cache: every expert resident, all with the same weights."""
 
-    def __init__(self, weights: ExpertWeights) -> None:
-        self.weights = weights
+    def __init__(self, matrices: list[Tensor]) -> None:
+        self.matrices = matrices
 
     def observe(self, layer: int, routed: list[list[int]], weights: list[list[float]]) -> None:
         pass
 
-    def stream(self, layer: int, experts: list[int]) -> Iterator[tuple[int, ExpertWeights]]:
-        return ((expert, self.weights) for expert in experts)
+    def stream(self, layer: int, experts: list[int]) -> Iterator[tuple[int, Addresses]]:
+        gate, up, down = (matrix.data_ptr() for matrix in self.matrices)
+        return ((expert, (gate, up, down)) for expert in experts)
 
 
 def decoder_of(config: ModelConfig, context: int) -> Decoder:
@@ -318,15 +310,15 @@ def decoder_of(config: ModelConfig, context: int) -> Decoder:
     d, f, heads = config.hidden_size, config.moe_intermediate_size, config.num_attention_heads
     rows = (heads + 2 * config.num_key_value_heads) * config.head_dim
     layer = LayerWeights(
-        input_norm=torch.ones(d), post_attention_norm=torch.ones(d), qkv=zeros(rows, d), qkv_bias=None,
-        o=zeros(d, heads * config.head_dim), o_bias=None, q_norm=None, k_norm=None,
+        input_norm=torch.ones(d), post_attention_norm=torch.ones(d), qkv=Weight.of(zeros(rows, d)),
+        qkv_bias=None, o=Weight.of(zeros(d, heads * config.head_dim)), o_bias=None, q_norm=None, k_norm=None,
         router=torch.randn(config.num_experts, d, generator=torch.Generator().manual_seed(0)),
         mlp=None, shared_gate=None,
     )  # fmt: skip
-    embedding = torch.ones(config.vocab_size, d, dtype=torch.bfloat16)
+    embedding = Weight.of(torch.ones(config.vocab_size, d, dtype=torch.bfloat16))
     weights = DenseWeights(embedding, torch.ones(d), embedding, [layer] * config.num_hidden_layers)
-    experts: Any = InMemoryExperts(ExpertWeights(zeros(f, d), zeros(f, d), zeros(d, f)))
-    return Decoder(config, weights, experts, context)
+    experts: Any = InMemoryExperts([zeros(f, d), zeros(f, d), zeros(d, f)])
+    return Decoder(config, weights, experts, context, make_context(2), Format.BF16)
 
 
 def peak_of_the_last_chunk(config: ModelConfig, context: int, tmp_path: Path) -> int:
@@ -334,7 +326,8 @@ def peak_of_the_last_chunk(config: ModelConfig, context: int, tmp_path: Path) ->
     decoder = decoder_of(config, context)
     tokens = min(PREFILL_CHUNK, context)
     decoder.kv_cache.length = context - tokens
-    return peak_allocated(tmp_path, lambda: decoder.forward(list(range(tokens))))
+    of_torch = peak_allocated(tmp_path, lambda: decoder.forward(list(range(tokens))))
+    return of_torch + decoder.kernels.workspace_bytes
 
 
 SHAPES_OF_CHUNKS: dict[str, dict[str, Any]] = {
@@ -354,18 +347,8 @@ def test_the_last_chunk_of_a_context_stays_within_the_workspace(
 ) -> None:
     """All heads' scores at once took seven times the workspace at the end of 8192 tokens.
 
-    The linear scratch and the two rotary tables are part of the workspace, but allocated beforehand.
+    The two rotary tables are part of the workspace, but allocated beforehand.
     """
     config = config_of(num_hidden_layers=1, vocab_size=1000, **SHAPES_OF_CHUNKS[shape])
-    before = LINEAR_SCRATCH_BYTES + 2 * 4 * context * config.head_dim
+    before = 2 * 4 * context * config.head_dim
     assert peak_of_the_last_chunk(config, context, tmp_path) <= workspace_bytes(config, context) - before
-
-
-def test_queries_as_the_linear_layer_gives_them_cost_no_copy_of_the_keys(tmp_path: Path) -> None:
-    new, heads, groups, d, total = 512, 32, 4, 64, 4096
-    q = torch.zeros(heads * d, new).t().reshape(new, heads, d)  # MixedLinear returns y.t()
-    keys, values = torch.zeros(total, groups, d), torch.zeros(total, groups, d)
-    with torch.inference_mode():
-        peak = peak_allocated(tmp_path, lambda: attention(q, keys, values, None))
-    one_copy = 4 * total * heads * d
-    assert peak < 13 * new * total + 6 * q.nbytes < 2 * one_copy

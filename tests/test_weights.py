@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flashmoe.config import ModelConfig, parse_model_config
 from flashmoe.errors import ModelError
-from flashmoe.weights import CheckpointLayout, DenseWeights, load_dense
+from flashmoe.weights import CheckpointLayout, DenseWeights, Weight, load_dense
+from kernels.native import DTYPES, Format
 from storage.checkpoint import open_checkpoint
 from storage.expert_reader import Extent
 
@@ -75,13 +76,12 @@ def layout_of(folder: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> 
 
 def held_bytes(weights: DenseWeights) -> int:
     """The memory that the dense weights really hold, each storage once."""
-    tensors = [weights.embedding, weights.norm, weights.lm_head]
+    held: list[Tensor | Weight | None] = [weights.embedding, weights.norm, weights.lm_head]
     for layer in weights.layers:
         for value in (getattr(layer, name) for name in layer.__slots__):
-            tensors += value if isinstance(value, tuple) else [value]
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None
-    }
+            held += value if isinstance(value, tuple) else [value]
+    tensors = [value.data if isinstance(value, Weight) else value for value in held if value is not None]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
@@ -89,6 +89,12 @@ def read_extent(layout: CheckpointLayout, extent: Extent) -> bytes:
     with layout.checkpoint.shards[extent.shard].open("rb") as file:
         file.seek(extent.offset)
         return file.read(extent.nbytes)
+
+
+def matrix_of(weight: Weight) -> Tensor:
+    """A dense matrix as rows, in its own dtype."""
+    dtype = {format: dtype for dtype, format in DTYPES.items()}[weight.format]
+    return weight.data.view(dtype).view(weight.rows, weight.columns)
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
@@ -155,16 +161,21 @@ def test_the_query_key_and_value_matrices_of_a_layer_must_share_a_dtype(tmp_path
         layout_of(tmp_path, config_of("olmoe"), tensors | {name: tensors[name].float()})
 
 
-def test_experts_may_differ_from_each_other_and_from_dense_weights_in_dtype(tmp_path: Path) -> None:
+def test_experts_may_differ_from_dense_weights_in_dtype_but_not_from_each_other(tmp_path: Path) -> None:
+    """One native call computes several experts."""
     tensors = tensors_of("olmoe")
     for name in tensors:
-        if ".experts.1." in name:
+        if ".experts." in name:
             tensors[name] = tensors[name].float()
         elif "norm" in name or "gate.weight" in name:
             tensors[name] = tensors[name].half()
     layout = layout_of(tmp_path, config_of("olmoe"), tensors)
-    dtypes = {expert: layout.experts[0, expert].dtype for expert in range(EXPERTS)}
-    assert dtypes == {0: torch.bfloat16, 1: torch.float32, 2: torch.bfloat16}
+    assert {expert.format for expert in layout.experts.values()} == {Format.F32}
+    for name in tensors:
+        if ".experts.1." in name:
+            tensors[name] = tensors[name].bfloat16()
+    with pytest.raises(ModelError, match="the experts mix BF16, F32; they must share one"):
+        layout_of(tmp_path, config_of("olmoe"), tensors)
 
 
 # Where experts lie
@@ -181,7 +192,7 @@ def test_an_experts_extents_hold_gate_up_and_down(family: str, dtype: torch.dtyp
             f"model.layers.{layer}.{'block_sparse_moe' if family == 'mixtral' else 'mlp'}.experts.{expert}"
         )
         projections = PROJECTIONS.get(family, ("gate_proj", "up_proj", "down_proj"))
-        assert found.dtype == dtype
+        assert found.format == DTYPES[dtype]
         for extent, projection in zip(found.extents, projections, strict=True):
             assert read_extent(layout, extent) == raw_bytes(tensors[f"{block}.{projection}.weight"])
 
@@ -252,16 +263,16 @@ def test_dense_bytes_are_what_load_dense_holds(
 def test_dense_weights_keep_their_values_and_matrices_their_dtype(tmp_path: Path) -> None:
     tensors = tensors_of("qwen2_moe")
     weights = load_dense(layout_of(tmp_path, config_of("qwen2_moe"), tensors))
-    assert torch.equal(weights.embedding, tensors["model.embed_tokens.weight"])
-    assert torch.equal(weights.lm_head, tensors["lm_head.weight"])
+    assert torch.equal(matrix_of(weights.embedding), tensors["model.embed_tokens.weight"])
+    assert torch.equal(matrix_of(weights.lm_head), tensors["lm_head.weight"])
     assert torch.equal(weights.norm, tensors["model.norm.weight"].float())
     for index, layer in enumerate(weights.layers):
         at = f"model.layers.{index}"
         qkv = [f"{at}.self_attn.{name}_proj" for name in "qkv"]
-        assert torch.equal(layer.qkv, torch.cat([tensors[f"{name}.weight"] for name in qkv]))
+        assert torch.equal(matrix_of(layer.qkv), torch.cat([tensors[f"{name}.weight"] for name in qkv]))
         assert layer.qkv_bias is not None and layer.router is not None and layer.shared_gate is not None
         assert torch.equal(layer.qkv_bias, torch.cat([tensors[f"{name}.bias"] for name in qkv]).float())
-        assert torch.equal(layer.o, tensors[f"{at}.self_attn.o_proj.weight"])
+        assert torch.equal(matrix_of(layer.o), tensors[f"{at}.self_attn.o_proj.weight"])
         assert torch.equal(layer.input_norm, tensors[f"{at}.input_layernorm.weight"].float())
         after = tensors[f"{at}.post_attention_layernorm.weight"]
         assert torch.equal(layer.post_attention_norm, after.float())
@@ -269,7 +280,7 @@ def test_dense_weights_keep_their_values_and_matrices_their_dtype(tmp_path: Path
         assert torch.equal(layer.shared_gate, tensors[f"{at}.mlp.shared_expert_gate.weight"].float())
         assert layer.mlp is not None and layer.o_bias is None and layer.q_norm is None
         for matrix, name in zip(layer.mlp, ("gate_proj", "up_proj", "down_proj"), strict=True):
-            assert torch.equal(matrix, tensors[f"{at}.mlp.shared_expert.{name}.weight"])
+            assert torch.equal(matrix_of(matrix), tensors[f"{at}.mlp.shared_expert.{name}.weight"])
 
 
 def test_tied_embeddings_are_held_once_and_an_lm_head_beside_them_is_not_read(tmp_path: Path) -> None:
@@ -291,7 +302,7 @@ def test_a_layer_without_experts_has_a_dense_network_and_no_router(tmp_path: Pat
     weights = load_dense(layout)
     assert weights.layers[0].mlp is None and weights.layers[0].router is not None
     assert weights.layers[1].mlp is not None and weights.layers[1].router is None
-    assert [tuple(matrix.shape) for matrix in weights.layers[1].mlp] == [(18, D), (18, D), (D, 18)]
+    assert [(matrix.rows, matrix.columns) for matrix in weights.layers[1].mlp] == [(18, D), (18, D), (D, 18)]
     assert held_bytes(weights) == layout.dense_bytes
 
 
@@ -307,4 +318,12 @@ def test_tensors_are_found_across_shards(tmp_path: Path) -> None:
     for key in whole.experts:
         parts = [[read_extent(layout, e) for e in layout.experts[key].extents] for layout in (whole, sharded)]
         assert parts[0] == parts[1]
-    assert torch.equal(load_dense(whole).layers[1].qkv, load_dense(sharded).layers[1].qkv)
+    one, other = (load_dense(layout).layers[1].qkv for layout in (whole, sharded))
+    assert torch.equal(matrix_of(one), matrix_of(other))
+
+
+def test_the_matrices_of_a_shared_expert_must_share_a_dtype(tmp_path: Path) -> None:
+    tensors = tensors_of("qwen2_moe")
+    name = "model.layers.1.mlp.shared_expert.down_proj.weight"
+    with pytest.raises(ModelError, match=r"the matrices of model.layers.1.mlp.shared_expert mix BF16, F32"):
+        layout_of(tmp_path, config_of("qwen2_moe"), tensors | {name: tensors[name].float()})
