@@ -8,9 +8,9 @@ using namespace flashmoe;
 
 namespace {
 
-// x [T, K] -> c->input, in c->blocks.
-void prepare(fm_context* c, const Layout& layout, const float* x, int64_t tokens) {
-  cut_blocks(tokens, layout.most_tokens(c->isa), &c->blocks);
+// x [T, K] -> c->input, in c->blocks of at most `most` tokens.
+void prepare(fm_context* c, const Layout& layout, int most, const float* x, int64_t tokens) {
+  cut_blocks(tokens, most, &c->blocks);
   c->input.reserve(layout, tokens);
   c->pool.run(int64_t(c->blocks.size()), [&](int64_t i) {
     const TokenBlock& block = c->blocks[size_t(i)];
@@ -26,7 +26,7 @@ void fm_linear(fm_context* c, const fm_matrix* w, const float* bias, const float
                float* y, int64_t y_step) {
   Busy busy(c);
   const Layout layout(w->format, w->columns, exact != 0);
-  prepare(c, layout, x, tokens);
+  prepare(c, layout, layout.most_tokens(c->isa), x, tokens);
   const int64_t step = rows_of_item(*w, tokens);
   c->pool.run((w->rows + step - 1) / step, [&](int64_t item) {
     const int64_t begin = item * step, end = std::min<int64_t>(w->rows, begin + step);
@@ -43,7 +43,7 @@ void fm_mlp(fm_context* c, int32_t activation, const fm_matrix* gate, const fm_m
             const float* x, int64_t tokens, int32_t exact, const float* factor, float* y) {
   Busy busy(c);
   const Layout in(gate->format, gate->columns, exact != 0), out(down->format, down->columns, exact != 0);
-  prepare(c, in, x, tokens);
+  prepare(c, in, std::min(in.most_tokens(c->isa), out.most_tokens(c->isa)), x, tokens);  // formats may differ
   c->hidden.reserve(out, tokens);
   const int64_t width = gate->rows;
   c->pool.run(out.padded / kGroup, [&](int64_t group) {
