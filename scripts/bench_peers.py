@@ -10,11 +10,12 @@ limit of 40 % of the bf16 checkpoint. A contender whose model is not given is le
 
 Every run is a fresh process inside a fresh memory cgroup, with nothing in the page cache before it; our RAM
 budget is the cgroup's limit. Contenders take turns, and who begins changes from round to round; figures are
-medians (least to most) over the rounds. All are given the same tokens of the same text (teacher-forced): a
-prompt to prefill, then tokens one at a time with logits for each. Loading is not counted. All files are read
-from a file system of their own on a loop device, since its read-ahead, which decides the speed of mapped
-files, must be known. llama.cpp repacks its weights where memory is ample (its default) and not under a limit,
-where the copy would be killed.
+medians (least to most) over the rounds. A run that other work disturbed is repeated, whatever its speed, a
+few times at most; `others busy` says what remained. All are given the same tokens of the same text
+(teacher-forced): a prompt to prefill, then tokens one at a time with logits for each. Loading is not counted.
+All files are read from a file system of their own on a loop device, since its read-ahead, which decides the
+speed of mapped files, must be known. llama.cpp repacks its weights where memory is ample (its default) and
+not under a limit, where the copy would be killed.
 
 Needs Linux, root and free disk space for a copy of the models; exits 77 with the reason where it cannot run.
 Prints a table and, as its last line, one JSON object.
@@ -22,6 +23,7 @@ Prints a table and, as its last line, one JSON object.
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -48,7 +50,8 @@ RESIDENT_PROMPT = 512  # pp512, as llama-bench names it
 ACCELERATE_SHARE = 0.45
 OFFLOAD_FOLDER = "offload"  # on the loop device: accelerate writes there what it then reads, token by token
 STOCK_READ_AHEAD_KB = 128  # Linux's default for a drive
-QUIET_SHARE = 0.1
+QUIET_SHARE = 0.1  # other work before a run begins; above it we wait
+DISTURBED_SHARE = 0.25  # other work during a run, our loop device's included; above it the run is repeated
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class Run:
             "faults_per_token": a["decode_major_faults"] / tokens,
             "peak_rss_gb": a["peak_rss_bytes"] / 1e9,
             "load_s": a["load_s"],
+            "perplexity": math.exp(statistics.fmean(a["surprise"])),
             "others_busy": self.others_busy,
         }
         if self.cgroup.get("peak_bytes") is not None:
@@ -362,6 +366,7 @@ COLUMNS = (
     ("faults/token", "faults_per_token", 0),
     ("RSS GB", "peak_rss_gb", 2),
     ("cgroup GB", "cgroup_peak_gb", 2),
+    ("perplexity", "perplexity", 1),
     ("others busy", "others_busy", 2),
 )
 WITH_SPREAD = ("decode_tok_per_s", "prefill_tok_per_s", "mb_per_token")
@@ -397,7 +402,10 @@ def run_setting(
     filesystem.set_read_ahead(setting.read_ahead_kb)
     runs: list[Run] = []
     for number, contender in turns(setting.contenders, options.pairs):
-        run = run_one(setting, contender, tokens, filesystem.path, options)
+        for _ in range(1 + options.repeat_disturbed):
+            run = run_one(setting, contender, tokens, filesystem.path, options)
+            if run.others_busy <= DISTURBED_SHARE:
+                break
         runs.append(run)
         speed = run.failed or f"{run.figures()['decode_tok_per_s']:.2f} tok/s"
         print(f"{setting.name}: {number + 1} of {options.pairs}, {contender.label}: {speed}",
@@ -466,6 +474,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--other-read-ahead-kb", type=int, default=8192, help="in the part readahead (default 8192)")
     add("--scratch", type=Path, default=Path("/var/tmp"), help="where the file system image goes")
     add("--quiet-wait", type=int, default=60, help="wait so many seconds at most for other work to end")
+    add("--repeat-disturbed", type=int, default=2, help="repeat a run so often if other work disturbed it")
     add("--timeout", type=int, default=1800, help="seconds after which a run is given up")
     options = parser.parse_args(arguments)
     if unknown := set(options.only) - set(PARTS):

@@ -2,12 +2,14 @@
 
 bench_peers.py starts it with the engine's own interpreter: peer_worker.py JOB.json ANSWER.json. A job is
 `Job`'s fields as JSON, the answer what `measure` returns. Every engine gets the same token ids and gives the
-logits of every decoded token; its most likely token is noted, so that engines can be compared. Needs nothing
-but the engine: FlashMoE is imported from the path that the job names, the peers from their environments.
+logits of every decoded token. What they say about the text is noted, outside the measured time, so that a
+fast engine that computes something else does not pass for the same. Needs nothing but the engine and numpy:
+FlashMoE is imported from the path that the job names, the peers from their environments.
 """
 
 import ctypes
 import json
+import math
 import resource
 import sys
 import time
@@ -15,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,12 @@ class Job:
 
 
 class PeerEngine(Protocol):
-    """What each engine has to do. Methods that run tokens return the most likely next token."""
+    """What each engine has to do. Methods that run tokens return the logits of the next one, as a numpy array
+    [V] of float32 that is valid until the next call.
+    """
 
-    def prefill(self, tokens: Sequence[int]) -> int: ...
-    def decode(self, token: int) -> int: ...
+    def prefill(self, tokens: Sequence[int]) -> Any: ...
+    def decode(self, token: int) -> Any: ...
     def reset(self) -> None: ...
     def counters(self) -> dict[str, float]: ...
     def facts(self) -> dict[str, Any]: ...
@@ -53,11 +59,11 @@ class Ours:
         context = len(job.tokens) + 1
         self._llm = LLM(job.model, ram_budget=budget, reader=reader, context=context, threads=job.threads)
 
-    def prefill(self, tokens: Sequence[int]) -> int:
-        return int(self._llm.engine.prefill(tokens).argmax())
+    def prefill(self, tokens: Sequence[int]) -> Any:
+        return self._llm.engine.prefill(tokens).numpy()
 
-    def decode(self, token: int) -> int:
-        return int(self._llm.engine.decode_one_token(token).argmax())
+    def decode(self, token: int) -> Any:
+        return self._llm.engine.decode_one_token(token).numpy()
 
     def reset(self) -> None:
         self._llm.engine.reset()
@@ -106,14 +112,14 @@ class LlamaCpp:
         vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(vocab)
 
-    def prefill(self, tokens: Sequence[int]) -> int:
+    def prefill(self, tokens: Sequence[int]) -> Any:
         for begin in range(0, len(tokens), 512):
             self._run(tokens[begin : begin + 512])
-        return self._most_likely()
+        return self._logits()
 
-    def decode(self, token: int) -> int:
+    def decode(self, token: int) -> Any:
         self._run([token])
-        return self._most_likely()
+        return self._logits()
 
     def _run(self, tokens: Sequence[int]) -> None:
         ids = (ctypes.c_int32 * len(tokens))(*tokens)  # the batch points to it: it must outlive the call
@@ -121,11 +127,9 @@ class LlamaCpp:
         if failed := self._c.llama_decode(self._context, batch):
             raise RuntimeError(f"llama_decode failed: {failed}")
 
-    def _most_likely(self) -> int:
-        import numpy as np
-
+    def _logits(self) -> Any:
         pointer = self._c.llama_get_logits_ith(self._context, -1)
-        return int(np.ctypeslib.as_array(pointer, (self._vocab_size,)).argmax())
+        return np.ctypeslib.as_array(pointer, (self._vocab_size,))
 
     def reset(self) -> None:
         self._c.llama_memory_clear(self._c.llama_get_memory(self._context), True)
@@ -168,7 +172,7 @@ class Transformers:
             f" torch {torch.__version__}"
         )
 
-    def prefill(self, tokens: Sequence[int]) -> int:
+    def prefill(self, tokens: Sequence[int]) -> Any:
         with self._torch.inference_mode():
             out = self._model(
                 input_ids=self._torch.tensor([list(tokens)]),
@@ -177,9 +181,9 @@ class Transformers:
                 logits_to_keep=1,
             )
         self._cache = out.past_key_values
-        return int(out.logits[0, -1].argmax())
+        return out.logits[0, -1].float().numpy()
 
-    def decode(self, token: int) -> int:
+    def decode(self, token: int) -> Any:
         return self.prefill([token])
 
     def reset(self) -> None:
@@ -209,21 +213,24 @@ def measure(job: Job) -> dict[str, Any]:
         engine.prefill(job.tokens)
         engine.reset()
     prompt, following = job.tokens[: job.prompt_tokens], job.tokens[job.prompt_tokens :]
+    said = Said()
     before_prefill = time.perf_counter()
-    predicted = [engine.prefill(prompt)]
+    logits = engine.prefill(prompt)
     prefill_s = time.perf_counter() - before_prefill
     counters, io, faults = engine.counters(), read_bytes(), major_faults()
     token_s = []
     for token in following:
+        said.note(logits, token)
         before = time.perf_counter()
-        predicted.append(engine.decode(token))
+        logits = engine.decode(token)
         token_s.append(time.perf_counter() - before)
     after = engine.counters()
     return {
         "load_s": load_s,
         "prefill_s": prefill_s,
         "token_s": token_s,
-        "predicted": predicted,
+        "predicted": said.most_likely,
+        "surprise": said.surprise,
         "decode_read_bytes": read_bytes() - io,
         "total_read_bytes": read_bytes(),
         "decode_major_faults": major_faults() - faults,
@@ -232,6 +239,20 @@ def measure(job: Job) -> dict[str, Any]:
         "decode_counters": {name: after[name] - value for name, value in counters.items()},
         "facts": engine.facts(),
     }
+
+
+class Said:
+    """What an engine predicted: its most likely token, and the surprise (nats) of the one that followed."""
+
+    def __init__(self) -> None:
+        self.most_likely: list[int] = []
+        self.surprise: list[float] = []
+
+    def note(self, logits: Any, following: int) -> None:
+        self.most_likely.append(int(logits.argmax()))
+        greatest = float(logits.max())
+        total = float(np.exp(logits - greatest).sum(dtype=np.float64))
+        self.surprise.append(math.log(total) + greatest - float(logits[following]))
 
 
 def read_bytes() -> int:

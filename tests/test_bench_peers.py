@@ -1,10 +1,12 @@
 """The comparison with other engines: fair settings, right arithmetic, nothing left behind."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from scripts import peer_worker
@@ -127,7 +129,8 @@ def test_who_begins_changes_from_round_to_round() -> None:
 def answer(seconds: float, predicted: list[int] | None = None) -> dict[str, Any]:
     """Two decoded tokens of `seconds` each, four experts of 10 MB, of which three were missed."""
     return {
-        "load_s": 1.0, "prefill_s": 2.0, "token_s": [seconds, seconds], "predicted": predicted or [7, 8, 9],
+        "load_s": 1.0, "prefill_s": 2.0, "token_s": [seconds, seconds], "predicted": predicted or [7, 8],
+        "surprise": [math.log(2), math.log(8)],
         "decode_read_bytes": 40_000_000, "total_read_bytes": 3_000_000_000, "decode_major_faults": 10,
         "peak_rss_bytes": 2_000_000_000,
         "decode_counters": {"hits": 1, "misses": 3, "bytes_read": 30_000_000, "read_s": 0.1, "stall_s": 0.05},
@@ -141,6 +144,7 @@ def test_figures_are_per_decoded_token() -> None:
         "decode_tok_per_s": 4.0, "prefill_tok_per_s": 64.0, "mb_per_token": 20.0, "mb_per_s": 80.0,
         "faults_per_token": 5.0, "hit_rate": 0.25, "missed_mb_per_token": 15.0, "stall_share": 0.1,
         "mb_per_s_reading": 300.0, "mb_per_s_stalled": 600.0, "peak_rss_gb": 2.0, "cgroup_peak_gb": 2.5,
+        "perplexity": 4.0,
     }  # fmt: skip
     assert {name: figures[name] for name in expected} == pytest.approx(expected)
 
@@ -178,21 +182,21 @@ def test_the_text_goes_round_when_it_is_too_short(tmp_path: Path) -> None:
 
 
 class CountingEngine:
-    """Predicts the number of tokens that it was given so far."""
+    """Predicts, as sure as e to 1, the number of tokens that it was given so far; knows 9 tokens."""
 
     def __init__(self, job: Job) -> None:
         self.calls: list[Any] = []
         self.given = 0
 
-    def prefill(self, tokens: list[int]) -> int:
+    def prefill(self, tokens: list[int]) -> Any:
         self.calls.append(list(tokens))
         self.given += len(tokens)
-        return self.given
+        return np.eye(9, dtype=np.float32)[self.given]
 
-    def decode(self, token: int) -> int:
+    def decode(self, token: int) -> Any:
         self.calls.append(token)
         self.given += 1
-        return self.given
+        return np.eye(9, dtype=np.float32)[self.given]
 
     def reset(self) -> None:
         self.calls.append("reset")
@@ -209,9 +213,11 @@ def test_a_warm_run_sees_every_token_before_it_is_measured(monkeypatch: pytest.M
     monkeypatch.setitem(peer_worker.ENGINES, "counting", CountingEngine)  # type: ignore[arg-type]
     if not Path("/proc/self/io").exists():
         pytest.skip("no /proc/self/io: not Linux")
-    found = measure(Job("counting", "model", [5, 6, 7, 8], prompt_tokens=2, threads=1, warm=True))
-    assert found["facts"]["calls"] == [[5, 6, 7, 8], "reset", [5, 6], 7, 8]
-    assert found["predicted"] == [2, 3, 4]
+    found = measure(Job("counting", "model", [5, 6, 7, 3], prompt_tokens=2, threads=1, warm=True))
+    assert found["facts"]["calls"] == [[5, 6, 7, 3], "reset", [5, 6], 7, 3]
+    assert found["predicted"] == [2, 3]
+    wrong, right = math.log(math.e + 8), math.log(math.e + 8) - 1
+    assert found["surprise"] == pytest.approx([wrong, right])
     assert len(found["token_s"]) == 2
     assert found["decode_counters"] == {"hits": 2.0}  # what prefill did is not counted
 
