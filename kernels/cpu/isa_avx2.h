@@ -14,7 +14,6 @@ inline F zero() { return _mm256_setzero_ps(); }
 inline F set1(float f) { return _mm256_set1_ps(f); }
 inline F load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, F f) { _mm256_storeu_ps(p, f); }
-inline F sub(F a, F b) { return _mm256_sub_ps(a, b); }
 inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 inline F fmadd(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 inline F from_bf16(const void* p) {
@@ -26,26 +25,30 @@ inline F from_f16(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const
 using Line = __m256i;
 inline Line load_line(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
 inline Line low_nibbles(Line v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+template <int M>
 inline Line high_nibbles(Line v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15)); }
-template <int kShift, int kMask>
-inline F codes(Line v) {
-  return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(v, kShift), _mm256_set1_epi32(kMask)));
+template <int kBits, int kShift>
+inline F values(Line v) {
+  const __m256i code = _mm256_and_si256(_mm256_srli_epi32(v, kShift), _mm256_set1_epi32((1 << kBits) - 1));
+  return _mm256_sub_ps(_mm256_cvtepi32_ps(code), _mm256_set1_ps(kBits == 4 ? 8.f : 128.f));
 }
 
 #if defined(__AVXVNNI__)
-template <int kBits>
+template <int kBits, int M>
 struct Dot {
   __m256i sum;
   void start(int32_t bias) { sum = _mm256_set1_epi32(bias); }
-  void add(Line v, int32_t activations) { sum = _mm256_dpbusd_avx_epi32(sum, v, _mm256_set1_epi32(activations)); }
+  void add_low(Line v, int32_t q) { sum = _mm256_dpbusd_avx_epi32(sum, v, _mm256_set1_epi32(q)); }
+  void add_high(Line v, int32_t q) { add_low(v, q); }
   F to_float(int32_t) const { return _mm256_cvtepi32_ps(sum); }
 };
 #else
-template <int kBits>
+template <int kBits, int M>
 struct Dot {
   __m256i sum;  // int4: 16 sums of 16 bits, in pairs; int8: 8 of 32
   void start(int32_t) { sum = _mm256_setzero_si256(); }
-  void add(Line v, int32_t activations) {
+  void add_high(Line v, int32_t activations) { add_low(v, activations); }
+  void add_low(Line v, int32_t activations) {
     const __m256i q = _mm256_set1_epi32(activations);
     if (kBits == 4) {
       sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(v, q));

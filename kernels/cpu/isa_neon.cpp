@@ -15,7 +15,6 @@ inline F zero() { return vdupq_n_f32(0.f); }
 inline F set1(float f) { return vdupq_n_f32(f); }
 inline F load(const float* p) { return vld1q_f32(p); }
 inline void store(float* p, F f) { vst1q_f32(p, f); }
-inline F sub(F a, F b) { return vsubq_f32(a, b); }
 inline F mul(F a, F b) { return vmulq_f32(a, b); }
 inline F fmadd(F a, F b, F c) { return vfmaq_f32(c, a, b); }
 inline uint16x4_t load_halves(const void* p) {
@@ -29,19 +28,22 @@ inline F from_f16(const void* p) { return vcvt_f32_f16(vreinterpret_f16_u16(load
 using Line = uint8x16_t;
 inline Line load_line(const uint8_t* p) { return vld1q_u8(p); }
 inline Line low_nibbles(Line v) { return vandq_u8(v, vdupq_n_u8(15)); }
+template <int M>
 inline Line high_nibbles(Line v) { return vshrq_n_u8(v, 4); }
-template <int kShift, int kMask>
-inline F codes(Line v) {
+template <int kBits, int kShift>
+inline F values(Line v) {
   const uint32x4_t shifted = vshlq_u32(vreinterpretq_u32_u8(v), vdupq_n_s32(-kShift));
-  return vcvtq_f32_u32(vandq_u32(shifted, vdupq_n_u32(kMask)));
+  const uint32x4_t code = vandq_u32(shifted, vdupq_n_u32((1 << kBits) - 1));
+  return vsubq_f32(vcvtq_f32_u32(code), vdupq_n_f32(kBits == 4 ? 8.f : 128.f));
 }
 
 // Signed times signed: an int4 code is a valid signed byte; an int8 code becomes its value.
-template <int kBits>
+template <int kBits, int M>
 struct Dot {
   int32x4_t sum;
   void start(int32_t bias) { sum = vdupq_n_s32(kBits == 4 ? bias : 0); }
-  void add(Line v, int32_t activations) {
+  void add_high(Line v, int32_t activations) { add_low(v, activations); }
+  void add_low(Line v, int32_t activations) {
     const int8x16_t w = vreinterpretq_s8_u8(kBits == 4 ? v : veorq_u8(v, vdupq_n_u8(0x80)));
     sum = vdotq_s32(sum, w, vreinterpretq_s8_s32(vdupq_n_s32(activations)));
   }

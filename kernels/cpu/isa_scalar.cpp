@@ -17,7 +17,6 @@ F load(const float* p) {
   return f;
 }
 void store(float* p, F f) { *p = f; }
-F sub(F a, F b) { return a - b; }
 F mul(F a, F b) { return a * b; }
 F fmadd(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
 F from_bf16(const void* p) {
@@ -48,17 +47,19 @@ Line load_line(const uint8_t* p) {
   return line;
 }
 Line low_nibbles(Line v) { return {v.bytes & 0x0f0f0f0fu}; }
+template <int M>
 Line high_nibbles(Line v) { return {v.bytes >> 4 & 0x0f0f0f0fu}; }
-template <int kShift, int kMask>
-F codes(Line v) {
-  return float(v.bytes >> kShift & uint32_t(kMask));
+template <int kBits, int kShift>
+F values(Line v) {
+  return float(v.bytes >> kShift & ((1u << kBits) - 1u)) - (kBits == 4 ? 8.f : 128.f);
 }
 
-template <int kBits>
+template <int kBits, int M>
 struct Dot {
   int32_t sum;
   void start(int32_t bias) { sum = bias; }
-  void add(Line v, int32_t activations) {
+  void add_high(Line v, int32_t activations) { add_low(v, activations); }
+  void add_low(Line v, int32_t activations) {
     for (int j = 0; j < 4; j++)
       sum += int32_t(v.bytes >> 8 * j & 255u) * int8_t(uint8_t(uint32_t(activations) >> 8 * j & 255u));
   }
