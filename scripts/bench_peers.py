@@ -27,6 +27,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -494,6 +495,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main() -> int:
     options = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as Ctrl-C: undo what we made
     print(f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()};"
           f" {options.threads} threads, {options.pairs} rounds; medians (least–most)")  # fmt: skip
     if options.pairs < 5:
