@@ -104,6 +104,13 @@ def _add_pack(commands: "Commands") -> None:
     )
     add("--threads", type=_count, metavar="N", help="threads that quantise (default: one a core)")
     add(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="text (.jsonl, .txt) whose activations weigh the errors",
+    )
+    add("--calibration-tokens", type=_count, metavar="N", help="how much of it to run (default: 16384)")
+    add(
         "--verify",
         type=Path,
         metavar="DIR",
@@ -162,7 +169,11 @@ def _add_running_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="fp32 activations for int4 and int8 weights too, which otherwise meet int8 ones: slower",
     )
-    add("--check-reads", action="store_true", help="compare every expert read with its checksum (packed models)")
+    add(
+        "--check-reads",
+        action="store_true",
+        help="compare every expert read with its checksum (packed models)",
+    )
 
 
 def _text(value: str) -> str:

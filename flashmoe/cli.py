@@ -178,12 +178,17 @@ def pack(arguments: argparse.Namespace, screen: Screen) -> int:
         if arguments.json:
             screen.write(json.dumps({"verified": True, "tensors": len(manifest.tensors)}) + "\n")
         return 0
+    from flashmoe.calibration import DEFAULT_TOKENS, CalibrationText
     from flashmoe.model_source import find_model
     from flashmoe.pack import PackOptions, pack
     from storage.expert_file import JOURNAL_NAME
 
+    text = arguments.calibration
     options = PackOptions(
-        arguments.format or "int4", arguments.dense or "bf16", arguments.threads or os.cpu_count() or 1
+        arguments.format or "int4",
+        arguments.dense or "bf16",
+        arguments.threads or os.cpu_count() or 1,
+        text and CalibrationText(text, arguments.calibration_tokens or DEFAULT_TOKENS),
     )
     try:
         with progress_bar() as progress:
@@ -312,8 +317,9 @@ def _pack_table(report: "PackReport", every_layer: bool) -> str:
         rows.append(("resumed", f"{report.resumed_shards} of {report.shards} shards were there"))
     if errors:
         least, most, middle = min(errors.values()), max(errors.values()), median(errors.values())
+        kind = "relative rms" if manifest.calibration is None else "relative rms weighted by activations"
         spread = f"min {least:.2%}, median {middle:.2%}, max {most:.2%}"
-        rows.append(("error", f"{spread} (relative rms, by layer)"))
+        rows.append(("error", f"{spread} ({kind}, by layer)"))
     if errors and every_layer:
         rows += [(f"  layer {layer}", f"{error:.2%}") for layer, error in errors.items()]
     if manifest.dense_error is not None:
@@ -323,11 +329,15 @@ def _pack_table(report: "PackReport", every_layer: bool) -> str:
 
 def _check_pack_usage(arguments: argparse.Namespace) -> None:
     parser: argparse.ArgumentParser = arguments.parser
-    packing = ("model", "output", "format", "dense", "threads")
+    packing = ("model", "output", "format", "dense", "threads", "calibration", "calibration_tokens")
     if arguments.verify is not None:
         for name in packing:
             if getattr(arguments, name) is not None:
-                parser.error(f"--verify only reads: it has no place for --{name}")
+                parser.error(f"--verify only reads: it has no place for --{name.replace('_', '-')}")
+    elif arguments.calibration_tokens is not None and arguments.calibration is None:
+        parser.error("--calibration-tokens says how much of --calibration FILE, which is missing")
+    elif arguments.calibration is not None and arguments.format == "bf16":
+        parser.error("--calibration weighs the errors of int4 and int8; --format bf16 has none")
     elif arguments.output is None:
         parser.error("give --output DIR, the folder to make, or --verify DIR, the one to check")
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import xxhash
 
+from flashmoe.calibration import Calibration, CalibrationText, calibrate
 from flashmoe.errors import ConfigError, ModelError
 from flashmoe.loader import OpenedModel, open_model
 from flashmoe.model_source import Progress
@@ -67,6 +68,7 @@ class PackOptions:
     experts: str = "int4"
     dense: str = "bf16"
     threads: int = 1
+    calibration: CalibrationText | None = None  # weighs the errors of the experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +116,15 @@ def pack(folder: Path, output: Path, options: PackOptions, progress: Progress | 
     checkpoint = model.layout.checkpoint
     plan = plan_pack(model.layout, FORMATS[options.experts], FORMATS[options.dense])
     source = _describe_source(model)
+    if options.calibration is not None and not plan.expert_format.is_packed:
+        raise ConfigError("--calibration weighs the errors of int4 and int8; --format bf16 has none")
     small_files = list(_small_files(folder))
     job = {
         "source": source.fingerprint,
         "times": _digest(str(path.stat().st_mtime_ns) for path in checkpoint.shards),
         "--format": options.experts,
         "--dense": options.dense,
+        "--calibration": options.calibration.describe() if options.calibration else "none",
         "layout": plan.digest(),
     }
     journal = open_journal(output, job)
@@ -127,8 +132,11 @@ def pack(folder: Path, output: Path, options: PackOptions, progress: Progress | 
     with journal:
         journal.start()
         resumed = len(journal.shards)
+        weights = (
+            calibrate(model, options.calibration, options.threads, progress) if options.calibration else None
+        )
         files = {path.name: _copy(path, output / path.name) for path in small_files}
-        _write_shards(checkpoint, plan, journal, options.threads, progress)
+        _write_shards(checkpoint, plan, journal, options.threads, weights, progress)
         write_index(output, {name: [t.spec for t in tensors] for name, tensors in plan.shards.items()})
         files[INDEX_NAME] = checksum((output / INDEX_NAME).read_bytes())
         manifest = _manifest(model, plan, source, options, journal, files)
@@ -150,7 +158,12 @@ def pack(folder: Path, output: Path, options: PackOptions, progress: Progress | 
 
 
 def _write_shards(
-    checkpoint: Checkpoint, plan: PackPlan, journal: PackJournal, threads: int, progress: Progress | None
+    checkpoint: Checkpoint,
+    plan: PackPlan,
+    journal: PackJournal,
+    threads: int,
+    weights: Calibration | None,
+    progress: Progress | None,
 ) -> None:
     """Write what the journal does not have yet."""
     todo = {name: tensors for name, tensors in plan.shards.items() if name not in journal.shards}
@@ -160,7 +173,7 @@ def _write_shards(
     with ExitStack() as stack:
         source = stack.enter_context(_Source(checkpoint))
         reading, packing = (stack.enter_context(_one_thread(name)) for name in ("pack-read", "pack-quantise"))
-        packer = _Packer(native.make_context(threads), checkpoint)
+        packer = _Packer(native.make_context(threads), checkpoint, weights)
         raw = _ahead(reading, source.read, pieces, lambda piece: piece.source_bytes)
         packed = _ahead(packing, packer.pack, raw, lambda raw: raw.piece.source_bytes + raw.piece.nbytes)
         for name, tensors in todo.items():
@@ -285,8 +298,8 @@ class _Source:
 class _Packer:
     """Turns source bytes into what is written."""
 
-    def __init__(self, context: native.Context, checkpoint: Checkpoint) -> None:
-        self._context, self._checkpoint = context, checkpoint
+    def __init__(self, context: native.Context, checkpoint: Checkpoint, weights: Calibration | None) -> None:
+        self._context, self._checkpoint, self._weights = context, checkpoint, weights
 
     def pack(self, raw: _Raw) -> _Packed:
         """Raises ModelError for weights that are not numbers."""
@@ -303,9 +316,10 @@ class _Packer:
             gate, up, down = tensors
             width, hidden = piece.rows, piece.columns
             size = native.expert_bytes(piece.target, hidden, width)
+            importance = (None, None) if self._weights is None else self._weights.importance(piece.expert)
             sums = native.pack_expert(
                 self._context, gate.view(width, hidden), up.view(width, hidden), down.view(hidden, width),
-                piece.target, out[:size],
+                piece.target, out[:size], importance,
             )  # fmt: skip
         if not math.isfinite(sums[0]) or not math.isfinite(sums[1]):
             self._refuse(raw)
@@ -504,6 +518,9 @@ def _manifest(
         files=files,
         layer_errors={n: _relative(layer_sums[n]) for n in sorted(layer_sums)} if quantised else {},
         dense_error=_relative(dense_sums) if FORMATS[options.dense].is_packed else None,
+        calibration=None
+        if options.calibration is None
+        else {"text": options.calibration.path.name, "sha256": options.calibration.describe()},
     )
 
 

@@ -210,3 +210,19 @@ def test_a_manifest_that_promises_other_experts_than_the_config_is_a_model_error
 def test_names_in_words() -> None:
     assert describe_tensor(EXPERT) == "expert 5 of layer 1"
     assert describe_tensor("lm_head.weight") == "tensor 'lm_head.weight'"
+
+
+def test_check_reads_finds_the_flipped_byte_and_a_run_without_it_goes_on(
+    packed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for expert in range(8):  # whatever the router chooses
+        info = open_checkpoint(packed).tensors[f"model.layers.1.block_sparse_moe.experts.{expert}.packed"]
+        flip(
+            shard_of(packed), info.offset + info.nbytes - 1
+        )  # of the padding, so that the weights stay sound
+    command = ["run", "--model", str(packed), "--ram-budget", "2G", "--prompt", "x", "--max-tokens", "2"]
+    assert main(command) == 0
+    capsys.readouterr()
+    assert main([*command, "--check-reads"]) == 1
+    error = capsys.readouterr().err
+    assert "model-00001-of-00001.safetensors: expert" in error and "of layer 1 is damaged" in error
