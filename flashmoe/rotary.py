@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flashmoe.config import ModelConfig, RopeConfig
 
+
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     """[d/2] float32 and the factor on cos and sin; formulas as in transformers' modeling_rope_utils.
 
