@@ -61,7 +61,7 @@ class LLM:
         model: str | Path | None = None,
         *,
         ram_budget: str | int = "auto",
-        policy: str = "lru",
+        policy: str = "lfru",
         reader: str = "auto",
         context: int | None = None,
         threads: int | None = None,

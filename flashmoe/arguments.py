@@ -153,9 +153,9 @@ def _add_running_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--policy",
         choices=_PolicyNames(),
-        default="lru",
+        default="lfru",
         metavar="NAME",
-        help="which expert leaves when another needs its slot: %(choices)s (default: lru)",
+        help="which expert leaves when another needs its slot: %(choices)s (default: lfru)",
     )
     add(
         "--reader",

@@ -19,7 +19,7 @@ SMALLEST_DEFAULT_CONTEXT = 512
 KV_SHARE = 0.25
 # Library code and buffers touched only after planning: math library threads, allocator slack. With two
 # threads they took up to 80 MiB (docs/benchmarks.md); the rest is for more threads.
-LATE_PROCESS_BYTES = 128 << 20
+LATE_PROCESS_BYTES = 48 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -268,7 +268,7 @@ class RunConfig:
     """What the user chose. `ram_budget` is text ("16G", "80%", "auto"); `context` None means: what fits."""
 
     ram_budget: str = "auto"
-    policy: str = "lru"
+    policy: str = "lfru"
     reader: str = "auto"
     context: int | None = None
     threads: int | None = None

@@ -994,9 +994,10 @@ void check_expert(Rng& rng) {
   }
 }
 
-// The bytes of two small experts are frozen: files on disks hold them.
+// The bytes of two small experts. A better search for scales may change them; the layout, checked above by its formula,
+// may not change, since files hold it.
 void check_golden() {
-  for (const auto& [format, golden] : {std::pair<int32_t, uint64_t>{FM_INT4, 0x30879a26a89c767au}, {FM_INT8, 0x1c48e71f800d65ddu}})
+  for (const auto& [format, golden] : {std::pair<int32_t, uint64_t>{FM_INT4, 0xc92020bafe8c6122u}, {FM_INT8, 0x1c48e71f800d65ddu}})
     for (const Runner& runner : runners) {
       uint32_t state = 1;
       Floats source[3] = {Floats(48 * 80), Floats(48 * 80), Floats(80 * 48)};
