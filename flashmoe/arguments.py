@@ -88,7 +88,7 @@ def _add_pack(commands: "Commands") -> None:
     parser = _add_bare_command(
         commands,
         "pack",
-        "rewrite a model so that it reads and computes faster: one extent an expert, quantised",
+        "quantise a model, each expert one extent on the drive",
     )
     add = parser.add_argument
     add("--output", type=Path, metavar="DIR", help="folder to make; goes on if the same command was stopped")
