@@ -13,10 +13,8 @@ if TYPE_CHECKING:
     from flashmoe.sampler import SamplingParams
     from flashmoe.stats import GenerationStats
 
-# torch's OpenMP threads spin for long while they wait for each other. Beside another busy program the one
-# that is waited for may not be running: twenty times slower. Short spinning costs 4 to 15 % on an idle
-# machine and keeps a third of the speed on a busy one (docs/log.md). Read when torch loads; whoever set
-# either variable knows better.
+# torch is left with sampling, but its OpenMP threads would spin long after that, on the cores that our own
+# threads need by then (docs/log.md). Read when torch loads; whoever set either variable knows better.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
