@@ -75,8 +75,9 @@ class LLM:
 
         `model`: folder, Hugging Face repo id, or None for the demo model. `ram_budget`: "16G", "80%", bytes,
         "auto". `exact_activations`: fp32 activations for int4 and int8 weights too, which otherwise meet int8
-        ones. `check_reads`: compare each expert read with its checksum (packed models). `on_plan` is called once with what the budget buys, before anything is allocated;
-        `progress(what, done, total)` while the model is prepared and its dense weights load.
+        ones. `check_reads`: compare each expert read with its checksum (packed models). `on_plan` is called
+        once with what the budget buys, before anything is allocated; `progress(what, done, total)` while the
+        model is prepared and its dense weights load.
         """
         self.run_config = RunConfig(
             str(ram_budget), policy, reader, context, threads, seed, exact_activations, check_reads

@@ -194,8 +194,8 @@ def workspace_bytes(config: ModelConfig, context: int) -> int:
                 c.shared_expert_intermediate_size)  # fmt: skip
     hidden = 4 * tokens * c.hidden_size  # residual stream, its norms, what the router hands on
     attention = tokens * 2 * (heads + c.num_key_value_heads * c.head_dim)
-    # The experts' products; activations made ready for the kernels, in fp32 at most: of a matrix, of one expert,
-    # and those between its matrices.
+    # The experts' products; activations made ready for the kernels, in fp32 at most: of a matrix, of one
+    # expert, and those between its matrices.
     products = tokens * c.num_experts_per_tok * c.hidden_size
     ready = tokens * (max(heads, c.hidden_size) + c.hidden_size + width)
     routing = tokens * (c.num_experts + 16 * c.num_experts_per_tok)

@@ -84,8 +84,8 @@ class ExpertCache:
     def fetch(
         self, layer: int, routed: Sequence[int], weights: Sequence[float]
     ) -> Iterator[list[tuple[int, Addresses]]]:
-        """One decode event: yield batches of (place in `routed`, the expert's addresses), the hits first, then
-        whatever reads have finished.
+        """One decode event: yield batches of (place in `routed`, the expert's addresses), the hits first,
+        then whatever reads have finished.
 
         The addresses are valid until the next batch is asked for. Raises ReadError when the drive fails; the
         cache stays usable.

@@ -12,7 +12,9 @@ from flashmoe.config import ModelConfig
 
 
 class KVCache:
-    """`length` tokens are valid; native code writes those behind them layer by layer, then `advance` is called."""
+    """`length` tokens are valid; native code writes those behind them layer by layer, then `advance` is
+    called.
+    """
 
     def __init__(self, config: ModelConfig, context: int) -> None:
         shape = (context, config.num_key_value_heads, config.head_dim)

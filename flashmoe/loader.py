@@ -110,8 +110,8 @@ def load_engine(
     """Probe the drive, read the dense weights, allocate KV cache and slots; `progress` counts bytes."""
     if run.check_reads and model.layout.packed is None:
         raise ConfigError(
-            f"--check-reads needs the checksums of a packed model; {model.folder} is not packed: flashmoe pack"
-            f" --model {model.folder} --output DIR makes one"
+            f"--check-reads needs the checksums of a packed model; {model.folder} is not packed:"
+            f" flashmoe pack --model {model.folder} --output DIR makes one"
         )
     if run.threads is not None:
         torch.set_num_threads(run.threads)

@@ -1,4 +1,4 @@
-"""The rotary embedding's tables: plain, linear, llama3 and yarn. Rotating is native (kernels/cpu/attention.cpp)."""
+"""The rotary embedding's tables: plain, linear, llama3 and yarn. Rotating is native (attention.cpp)."""
 
 import math
 

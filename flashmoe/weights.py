@@ -1,8 +1,8 @@
 """Where a model's tensors are in its checkpoint, and the dense ones in memory.
 
 `CheckpointLayout` finds and checks every tensor by the family's names: shapes against config.json, dtypes
-against what we compute with. A packed folder (storage/expert_file.py) has the same meanings under a few names of
-its own. Experts stay on the drive as extents; `load_dense` reads all else into ordinary memory.
+against what we compute with. A packed folder (storage/expert_file.py) has the same meanings under a few names
+of its own. Experts stay on the drive as extents; `load_dense` reads all else into ordinary memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ ExpertId = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayout:
-    """One expert on the drive: gate [F, D], up [F, D], down [D, F], or one extent that holds all three, packed."""
+    """One expert on the drive: gate [F, D], up [F, D], down [D, F], or one extent that holds all, packed."""
 
     extents: tuple[Extent, ...]
     format: Format
@@ -232,7 +232,7 @@ class CheckpointLayout:
             yield from self.mlp(layer)
 
     def matrix(self, name: str, rows: int, columns: int) -> "DenseMatrix":
-        """The matrix `name`.weight, or in a packed folder `name`.weight.int8 and the like, if that is there."""
+        """The matrix `name`.weight, or what a packed folder has in its place: `name`.weight.int8 and the like."""
         packed = self._packed_matrix(name, rows, columns)
         if packed is not None:
             return packed

@@ -1,9 +1,9 @@
 """The routed experts of a layer through the native kernels: the one class the engine calls for them.
 
 A MoE layer's result is sum over j of weight[t, j] * ffn(expert[t, j], x[t]). `begin` takes the activations,
-`add` computes experts as they are at hand, in any order and any number of calls, `end` sums. Each (token, j) has
-a row of products of its own and rows are added in top-k order: the bits of the result do not depend on which
-experts were resident.
+`add` computes experts as they are at hand, in any order and any number of calls, `end` sums. Each (token, j)
+has a row of products of its own and rows are added in top-k order: the bits of the result do not depend on
+which experts were resident.
 """
 
 import ctypes

@@ -25,7 +25,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 class Layer:
-    """An attention layer whose projections are identities: its input is [q, k, v], its output the attention."""
+    """An attention layer whose projections are identities: input [q, k, v], output the attention."""
 
     def __init__(
         self,
@@ -93,7 +93,8 @@ def test_attention_is_a_softmax_over_what_each_token_may_see(
     kernels: Context, new: int, before: int, heads: tuple[int, int], d: int, window: int | None
 ) -> None:
     total = before + new
-    q, keys, values = random(total, heads[0], d), random(total, heads[1], d, seed=1), random(total, heads[1], d, seed=2)
+    q, keys = random(total, heads[0], d), random(total, heads[1], d, seed=1)
+    values = random(total, heads[1], d, seed=2)
     layer = Layer(kernels, *heads, d, window)
     if before:
         layer.attend(q[:before], keys[:before], values[:before])

@@ -70,7 +70,8 @@ def test_the_size_of_the_context_does_not_change_the_bits(folder: Path, all_resi
 def test_every_number_of_threads_gives_the_same_bits(
     folder: Path, all_resident: torch.Tensor, threads: int
 ) -> None:
-    assert torch.equal(conversation(build_engine(folder, slots=5, threads=threads, context=2048)), all_resident)
+    engine = build_engine(folder, slots=5, threads=threads, context=2048)
+    assert torch.equal(conversation(engine), all_resident)
 
 
 @pytest.mark.parametrize("isa", available_isas())
