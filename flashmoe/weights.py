@@ -232,7 +232,7 @@ class CheckpointLayout:
             yield from self.mlp(layer)
 
     def matrix(self, name: str, rows: int, columns: int) -> "DenseMatrix":
-        """The matrix `name`.weight, or what a packed folder has in its place: `name`.weight.int8 and the like."""
+        """The matrix `name`.weight, or what a packed folder has instead: `name`.weight.int8, say."""
         packed = self._packed_matrix(name, rows, columns)
         if packed is not None:
             return packed

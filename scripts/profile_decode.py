@@ -1,11 +1,11 @@
-"""Where the time of a decoded token goes: native kernels, waiting for reads, Python and what is left of torch.
+"""Where the time of a decoded token goes: native kernels, waiting for reads, Python.
 
     python scripts/profile_decode.py --model PATH --ram-budget 8G [--tokens 64] [--repetitions 5]
 
 The native library counts the seconds inside its calls, the expert cache those spent waiting for the drive;
-what remains of the clock is Python: the cache's lookups, the loop; sampling is left out. A last pass runs under
-cProfile, whose own cost is in no figure: it names the functions. Prints a table and, as its last line, one JSON
-object.
+what remains of the clock is Python: the cache's lookups, the loop; sampling is left out. A last pass runs
+under cProfile, whose own cost is in no figure: it names the functions. Prints a table and, as its last line,
+one JSON object.
 """
 
 import argparse
