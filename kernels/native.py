@@ -1,7 +1,7 @@
 """The CPU library (kernels/cpu) from Python: formats, matrices and the context that computes.
 
-Everything goes over as addresses: whoever makes a `Matrix` keeps its memory alive and in place. The native module
-checks nothing; sizes and dtypes are checked here or by whoever read them from a file.
+Everything goes over as addresses: whoever makes a `Matrix` keeps its memory alive and in place. The native
+module checks nothing; sizes and dtypes are checked here or by whoever read them from a file.
 """
 
 import os
@@ -16,12 +16,15 @@ from kernels.cpu import _native
 from kernels.cpu._native import Attention, Context, Experts, Matrix, Router
 
 __all__ = [
-    "ACTIVATIONS", "DTYPES", "Activation", "Attention", "Context", "Experts", "Format", "Matrix", "Router",
-    "available_isas", "expert_bytes", "gather_rows", "make_context", "matrix_bytes", "pack_expert", "pack_matrix", "plain_matrix",
+    "ACTIVATIONS", "DTYPES", "GROUP", "Activation", "Attention", "Context", "Experts", "Format", "Matrix",
+    "Router", "available_isas", "expert_bytes", "gather_rows", "lay_out_expert", "lay_out_matrix",
+    "make_context", "matrix_bytes", "pack_expert", "pack_matrix", "plain_matrix", "search_scales",
     "unpack_expert", "unpack_matrix",
 ]  # fmt: skip
 
 ISA_VARIABLE: Final = "FLASHMOE_ISA"
+GROUP: Final = 32  # columns that share a scale (kernels/cpu/packed_layout.h)
+TILE_ROWS: Final = 16
 
 
 class Format(IntEnum):
@@ -132,6 +135,42 @@ def pack_expert(
     )  # fmt: skip
 
 
+def lay_out_matrix(context: Context, codes: Tensor, scales: Tensor, format: Format, out: Tensor) -> None:
+    """Given codes int8 [N, K] and scales fp16 [N, ceil(K / 32)] as tiles into out [matrix_bytes] uint8."""
+    rows, columns = codes.shape
+    assert out.numel() == matrix_bytes(format, rows, columns) and out.dtype == torch.uint8
+    _check_quantised(codes, scales)
+    context.lay_out_matrix(format, rows, columns, codes.data_ptr(), scales.data_ptr(), out.data_ptr())
+
+
+def lay_out_expert(
+    context: Context, codes: Sequence[Tensor], scales: Sequence[Tensor], format: Format, out: Tensor
+) -> None:
+    """Likewise an expert, of gate and up [F, D] and down [D, F], into out [expert_bytes] uint8."""
+    gate, up, down = codes
+    width, hidden = gate.shape
+    assert gate.shape == up.shape == down.shape[::-1]
+    assert out.numel() == expert_bytes(format, hidden, width) and out.dtype == torch.uint8
+    for pair in zip(codes, scales, strict=True):
+        _check_quantised(*pair)
+    gate_codes, up_codes, down_codes = (tensor.data_ptr() for tensor in codes)
+    gate_scales, up_scales, down_scales = (tensor.data_ptr() for tensor in scales)
+    context.lay_out_expert(
+        format, hidden, width, gate_codes, up_codes, down_codes, gate_scales, up_scales, down_scales,
+        out.data_ptr(),
+    )  # fmt: skip
+
+
+def search_scales(context: Context, weight: Tensor, importance: Tensor) -> Tensor:
+    """The int4 scales that `pack_matrix` gives weight [N, K <= 32] fp32, contiguous -> [N] fp16."""
+    rows, columns = weight.shape
+    assert columns <= GROUP
+    out = torch.empty(matrix_bytes(Format.INT4, rows, columns), dtype=torch.uint8)
+    pack_matrix(context, weight, Format.INT4, out, importance)
+    tiles = out.view(-(-rows // TILE_ROWS), -1)  # a superblock each: the first group's scales first
+    return tiles[:, : 2 * TILE_ROWS].contiguous().view(torch.float16).flatten()[:rows]
+
+
 def unpack_matrix(packed: Tensor, format: Format, rows: int, columns: int) -> Tensor:
     """packed uint8 -> [rows, columns] fp32."""
     out = torch.empty(rows, columns)
@@ -146,6 +185,12 @@ def unpack_expert(packed: Tensor, format: Format, hidden: int, width: int) -> tu
         format, hidden, width, packed.data_ptr(), gate.data_ptr(), up.data_ptr(), down.data_ptr()
     )
     return gate, up, down
+
+
+def _check_quantised(codes: Tensor, scales: Tensor) -> None:
+    assert codes.dtype == torch.int8 and scales.dtype == torch.float16
+    assert scales.shape == (len(codes), -(-codes.shape[1] // GROUP))
+    assert codes.is_contiguous() and scales.is_contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -21,8 +21,8 @@ class Experts:
 class Attention:
     def __init__(
         self, hidden: int, heads: int, kv_heads: int, head_dim: int, qk_norm: int, window: int, exact: bool,
-        eps: float, clip: float, input_norm: int, qkv: Matrix, qkv_bias: int, q_norm: int, k_norm: int, o: Matrix,
-        o_bias: int, keys: int, values: int,
+        eps: float, clip: float, input_norm: int, qkv: Matrix, qkv_bias: int, q_norm: int, k_norm: int,
+        o: Matrix, o_bias: int, keys: int, values: int,
     ) -> None: ...  # fmt: skip
 
 class Router:
@@ -49,8 +49,8 @@ class Context:
     def moe_experts(self, table: int, n: int, row_begin: int, rows: int, products: int) -> None: ...
     def moe_end(self, products: int, weights: int, y: int) -> None: ...
     def moe(
-        self, experts: Experts, x: int, tokens: int, top_k: int, table: int, n: int, row_begin: int, rows: int,
-        products: int, weights: int, y: int,
+        self, experts: Experts, x: int, tokens: int, top_k: int, table: int, n: int, row_begin: int,
+        rows: int, products: int, weights: int, y: int,
     ) -> None: ...  # fmt: skip
     def attend(
         self, attention: Attention, cos: int, sin: int, position: int, tokens: int, x: int
@@ -70,3 +70,10 @@ class Context:
         self, gate: Matrix, up: Matrix, down: Matrix, format: int, importance_in: int, importance_hidden: int,
         out: int,
     ) -> tuple[float, float]: ...  # fmt: skip
+    def lay_out_matrix(
+        self, format: int, rows: int, columns: int, codes: int, scales: int, out: int
+    ) -> None: ...
+    def lay_out_expert(
+        self, format: int, hidden: int, width: int, gate: int, up: int, down: int, gate_scales: int,
+        up_scales: int, down_scales: int, out: int,
+    ) -> None: ...  # fmt: skip

@@ -198,5 +198,21 @@ NB_MODULE(_native, m) {
              return pack_result(error);
            },
            "gate"_a, "up"_a, "down"_a, "format"_a, "importance_in"_a, "importance_hidden"_a, "out"_a,
-           "Returns (sum of weighted squared errors, sum of weighted squares).");
+           "Returns (sum of weighted squared errors, sum of weighted squares).")
+      .def("lay_out_matrix",
+           [](Context& c, int32_t format, int64_t rows, int64_t columns, Address codes, Address scales, Address out) {
+             fm_lay_out_matrix(c.get(), format, rows, columns, at<const int8_t>(codes), at<const uint16_t>(scales),
+                               at<uint8_t>(out));
+           },
+           "format"_a, "rows"_a, "columns"_a, "codes"_a, "scales"_a, "out"_a, NoGil())
+      .def("lay_out_expert",
+           [](Context& c, int32_t format, int64_t hidden, int64_t width, Address gate, Address up, Address down,
+              Address gate_scales, Address up_scales, Address down_scales, Address out) {
+             const int8_t* codes[3] = {at<const int8_t>(gate), at<const int8_t>(up), at<const int8_t>(down)};
+             const uint16_t* scales[3] = {at<const uint16_t>(gate_scales), at<const uint16_t>(up_scales),
+                                          at<const uint16_t>(down_scales)};
+             fm_lay_out_expert(c.get(), format, hidden, width, codes, scales, at<uint8_t>(out));
+           },
+           "format"_a, "hidden"_a, "width"_a, "gate"_a, "up"_a, "down"_a, "gate_scales"_a, "up_scales"_a,
+           "down_scales"_a, "out"_a, NoGil());
 }

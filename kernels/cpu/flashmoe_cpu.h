@@ -103,6 +103,12 @@ void fm_pack_matrix(fm_context*, const fm_matrix* source, int32_t format, const 
                     double* error);
 void fm_pack_expert(fm_context*, const fm_matrix* gate, const fm_matrix* up, const fm_matrix* down, int32_t format,
                     const float* importance_in, const float* importance_hidden, uint8_t* out, double* error);
+// Tiles of given codes [N, K] (int4: -8 to 7, int8: -127 to 127) and scales, fp16 [N, ceil(K / 32)]; those of an expert are
+// three pointers each: gate, up, down.
+void fm_lay_out_matrix(fm_context*, int32_t format, int64_t rows, int64_t columns, const int8_t* codes,
+                       const uint16_t* scales, uint8_t* out);
+void fm_lay_out_expert(fm_context*, int32_t format, int64_t hidden, int64_t width, const int8_t* const* codes,
+                       const uint16_t* const* scales, uint8_t* out);
 // A packed matrix, or a packed expert's three, widened to fp32 rows.
 void fm_unpack_matrix(const fm_matrix* packed, float* out);
 void fm_unpack_expert(int32_t format, int64_t hidden, int64_t width, const uint8_t* packed, float* gate, float* up,

@@ -50,6 +50,37 @@ void pack_rows(const Isa& isa, const fm_matrix& source, int64_t begin, int bits,
   isa.pack_tile(rows.data(), count, source.columns, bits, importance, out, error);
 }
 
+// Codes [N, K] and scales [N, ceil(K / 32)] that somebody else chose.
+struct Quantised {
+  int64_t rows, columns;
+  const int8_t* codes;
+  const uint16_t* scales;
+};
+
+// One tile of them; rows and columns past the end are padding.
+void lay_out_rows(const Quantised& q, int64_t begin, int bits, uint8_t* tile) {
+  const int64_t groups = round_up(q.columns, kGroup) / kGroup, per_line = bits == 4 ? 8 : 4;
+  const uint8_t zero = bits == 4 ? 8 : 128;
+  const auto code = [&](int64_t r, int64_t k) {
+    const bool inside = begin + r < q.rows && k < q.columns;
+    return inside ? uint8_t(q.codes[(begin + r) * q.columns + k] + zero) : zero;
+  };
+  for (int64_t first = 0; first < round_up(q.columns, kSuper); first += kSuper, tile += superblock_bytes(bits)) {
+    for (int64_t half = 0; half < kSuper / kGroup; half++)
+      for (int64_t r = 0; r < kTileRows; r++) {
+        const int64_t group = first / kGroup + half;
+        const bool inside = begin + r < q.rows && group < groups;
+        const uint16_t scale = inside ? q.scales[(begin + r) * groups + group] : 0;
+        std::memcpy(tile + 2 * (half * kTileRows + r), &scale, 2);
+      }
+    uint8_t* lines = tile + kScaleBytes;
+    for (int64_t k = first; k < first + kSuper; k += per_line, lines += 64)
+      for (int64_t r = 0; r < kTileRows; r++)
+        for (int64_t j = 0; j < 4; j++)
+          lines[4 * r + j] = bits == 4 ? uint8_t(code(r, k + j) | code(r, k + 4 + j) << 4) : code(r, k + j);
+  }
+}
+
 // Weight at row r, column k of a tile: the definition of the layout.
 float weight_at(const uint8_t* tile, int64_t r, int64_t k, int bits) {
   const uint8_t* superblock = tile + k / kSuper * superblock_bytes(bits);
@@ -102,6 +133,28 @@ void fm_pack_expert(fm_context* c, const fm_matrix* gate, const fm_matrix* up, c
                 out + shape.down_offset() + (i - pairs) * shape.down_tile(), of_tile);
   });
   for (int64_t i = 0; i < tiles; i++) error[0] += errors[size_t(2 * i)], error[1] += errors[size_t(2 * i + 1)];
+}
+
+void fm_lay_out_matrix(fm_context* c, int32_t format, int64_t rows, int64_t columns, const int8_t* codes,
+                       const uint16_t* scales, uint8_t* out) {
+  const int bits = bits_of(format);
+  const Quantised matrix{rows, columns, codes, scales};
+  c->pool.run(round_up(rows, kTileRows) / kTileRows,
+              [&](int64_t i) { lay_out_rows(matrix, i * kTileRows, bits, out + i * tile_bytes(columns, bits)); });
+}
+
+void fm_lay_out_expert(fm_context* c, int32_t format, int64_t hidden, int64_t width, const int8_t* const* codes,
+                       const uint16_t* const* scales, uint8_t* out) {
+  const ExpertShape shape{hidden, width, bits_of(format)};
+  const Quantised gate_up[2] = {{width, hidden, codes[0], scales[0]}, {width, hidden, codes[1], scales[1]}};
+  const Quantised down{hidden, width, codes[2], scales[2]};
+  const int64_t pairs = 2 * (shape.padded_width() / kTileRows);
+  c->pool.run(pairs + shape.down_tiles(), [&](int64_t i) {
+    if (i < pairs)
+      lay_out_rows(gate_up[i % 2], i / 2 * kTileRows, shape.bits, out + i * shape.up_tile());
+    else
+      lay_out_rows(down, (i - pairs) * kTileRows, shape.bits, out + shape.down_offset() + (i - pairs) * shape.down_tile());
+  });
 }
 
 void fm_unpack_matrix(const fm_matrix* packed, float* out) {
