@@ -23,8 +23,8 @@ void relax() {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
-  for (int i = 1; i < threads; i++) helpers_.emplace_back([this] { help(); });
+ThreadPool::ThreadPool(int threads) : stretches_(size_t(threads)) {
+  for (int i = 1; i < threads; i++) helpers_.emplace_back([this, i] { help(i); });
 }
 
 ThreadPool::~ThreadPool() {
@@ -41,14 +41,18 @@ void ThreadPool::run_job(int64_t items, Function function, const void* context) 
     for (int64_t i = 0; i < items; i++) function(context, i);
     return;
   }
-  items_ = items, function_ = function, context_ = context;
-  next_.store(0);
+  function_ = function, context_ = context;
+  const int64_t n = threads();
+  for (int64_t i = 0; i < n; i++) {
+    stretches_[size_t(i)].next.store(items * i / n);
+    stretches_[size_t(i)].end = items * (i + 1) / n;
+  }
   epoch_.fetch_add(1);  // odd: open
   if (sleeping_.load() > 0) {
     { std::lock_guard<std::mutex> lock(mutex_); }  // whoever is about to sleep has either seen the epoch or waits
     wake_.notify_all();
   }
-  take_items();
+  take_items(0);
   epoch_.fetch_add(1);  // even: closed; who comes now leaves again at once
   for (int spins = 0; inside_.load() != 0; spins++) {
     if (spins < 2000) relax();
@@ -56,16 +60,20 @@ void ThreadPool::run_job(int64_t items, Function function, const void* context) 
   }
 }
 
-void ThreadPool::take_items() {
-  for (int64_t item; (item = next_.fetch_add(1)) < items_;) function_(context_, item);
+void ThreadPool::take_items(int thread) {
+  const size_t n = stretches_.size();
+  for (size_t i = 0; i < n; i++) {
+    Stretch& stretch = stretches_[(size_t(thread) + i) % n];
+    for (int64_t item; (item = stretch.next.fetch_add(1)) < stretch.end;) function_(context_, item);
+  }
 }
 
-void ThreadPool::help() {
+void ThreadPool::help(int thread) {
   uint64_t seen = 0;
   while (wait_for_job(seen)) {
     inside_.fetch_add(1);
     const uint64_t epoch = epoch_.load();
-    if (epoch % 2 == 1) take_items();
+    if (epoch % 2 == 1) take_items(thread);
     inside_.fetch_sub(1);
     seen = epoch;
   }

@@ -1,7 +1,8 @@
 // A few threads that share out the items of one job after another.
 //
-// Items are taken from one counter, so a thread that the system holds up takes fewer; the caller works along. Between
-// jobs the helpers look for the next one for a few microseconds, then sleep: nothing spins beside an idle program.
+// Each thread begins with a stretch of neighbouring items, so that what it prefetches is what it reads next, and helps
+// with the others' when it is through: a thread that the system holds up does fewer. The caller works along. Between jobs
+// the helpers look for the next one for a few microseconds, then sleep: nothing spins beside an idle program.
 #pragma once
 
 #include <atomic>
@@ -32,15 +33,18 @@ class ThreadPool {
   using Function = void (*)(const void* context, int64_t item);
 
   void run_job(int64_t items, Function function, const void* context);
-  void help();
-  void take_items();
+  void help(int thread);
+  void take_items(int thread);
   bool wait_for_job(uint64_t seen);
 
   // A job is open while the epoch is odd. Its fields change only while it is closed and no helper is inside.
   std::atomic<uint64_t> epoch_{0};
   std::atomic<int> inside_{0};
-  std::atomic<int64_t> next_{0};
-  int64_t items_ = 0;
+  struct alignas(64) Stretch {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+  std::vector<Stretch> stretches_;  // one a thread
   Function function_ = nullptr;
   const void* context_ = nullptr;
 
