@@ -1,8 +1,8 @@
 """The decoder: embedding, layers, logits, for one sequence on the CPU, activations in fp32.
 
-A layer is two native calls where all its experts are resident: attention and router, then the experts. One token or
-a chunk of them take the same way and give the same bits; they differ in how experts are asked for. Axis letters: T
-new tokens, D hidden, d head size, E experts, K experts per token, V vocabulary.
+Of a layer, attention and router are one native call, its experts a few more. One token or a chunk of them
+take the same way and give the same bits; they differ in how experts are asked for. Axis letters: T new tokens,
+D hidden, d head size, E experts, K experts per token, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,8 @@ _QK_NORMS = {"none": 0, "head": 1, "full": 2}
 class Decoder:
     """Appends tokens to the KV cache and returns logits. `check` is called before every layer.
 
-    `expert_format`: how experts are stored. `exact`: fp32 activations also for int4 and int8 weights.
+    `expert_format`: how experts are stored. `exact`: fp32 activations also for int4 and int8 weights. Whoever
+    wants to see what experts are given puts a subclass of ExpertFFN in `expert_ffn`.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Decoder:
         native_experts = Experts(
             config.hidden_size, config.moe_intermediate_size, expert_format, self._activation, exact
         )
-        self._ffn = ExpertFFN(kernels, native_experts, config.hidden_size, config.num_experts_per_tok)
+        self.expert_ffn = ExpertFFN(kernels, native_experts, config.hidden_size, config.num_experts_per_tok)
         self._layers = [
             _NativeLayer(config, layer, self.kv_cache, index, exact)
             for index, layer in enumerate(weights.layers)
@@ -64,7 +65,7 @@ class Decoder:
         """
         tokens, begin = len(token_ids), self.kv_cache.length
         assert begin + tokens <= self.kv_cache.context, "more tokens than the context holds"
-        x = gather_rows(self._weights.embedding.matrix, token_ids, self.config.hidden_size)  # [T, D]
+        x = self.embed(token_ids)
         buffers = self._one_token if tokens == 1 else _Buffers.of(self.config, tokens)
         position = (*self._rotary.addresses(begin), begin, tokens)
         for index in range(self.config.num_hidden_layers):
@@ -76,6 +77,16 @@ class Decoder:
         logits = self._linear(x, self._weights.lm_head)
         return logits if all_logits else logits[0]
 
+    def embed(self, token_ids: Sequence[int]) -> Tensor:
+        """[T, D]: what enters the first layer."""
+        return gather_rows(self._weights.embedding.matrix, token_ids, self.config.hidden_size)
+
+    @torch.inference_mode()
+    def run_layer(self, index: int, x: Tensor) -> None:
+        """One layer alone for a text's first T tokens, x [T, D] in place; keys and values are overwritten."""
+        assert self.kv_cache.length == 0
+        self._layer(index, x, _Buffers.of(self.config, len(x)), (*self._rotary.addresses(0), 0, len(x)))
+
     def _layer(self, index: int, x: Tensor, buffers: "_Buffers", position: tuple[int, int, int, int]) -> None:
         """x [T, D] += attention, then += feed-forward."""
         native, layer = self._layers[index], self._weights.layers[index]
@@ -86,17 +97,17 @@ class Decoder:
         self.kernels.attend_and_route(
             native.attention, native.router, *position, x.data_ptr(), *buffers.addresses
         )
-        self._ffn.begin(buffers.h)
+        self.expert_ffn.begin(buffers.h)
         if len(x) == 1:
             ids, weights = buffers.ids[0].tolist(), buffers.weights[0].tolist()
             for batch in self.experts.fetch(index, ids, weights):
-                self._ffn.add_to_one_token(batch)
+                self.expert_ffn.add_to_one_token(batch)
         else:  # grouped by expert, so that each is read at most once
             self.experts.observe(index, buffers.ids.tolist(), buffers.weights.tolist())
             routing = Routing(buffers.ids)
             for expert, addresses in self.experts.stream(index, routing.experts):
-                self._ffn.add(routing, expert, addresses)
-        self._ffn.end(buffers.weights, x)
+                self.expert_ffn.add(routing, expert, addresses)
+        self.expert_ffn.end(buffers.weights, x)
         if layer.shared_gate is not None:
             factor = torch.sigmoid(self._linear(buffers.h, Weight.of(layer.shared_gate)))
             self._mlp(layer, buffers.h, factor, x)
@@ -112,9 +123,7 @@ class Decoder:
     def _linear(self, x: Tensor, weight: Weight) -> Tensor:
         """x [T, K], contiguous -> [T, N]"""
         y = torch.empty(len(x), weight.rows)
-        self.kernels.linear(
-            weight.matrix, 0, x.data_ptr(), len(x), self._exact, y.data_ptr(), weight.rows
-        )
+        self.kernels.linear(weight.matrix, 0, x.data_ptr(), len(x), self._exact, y.data_ptr(), weight.rows)
         return y
 
     def _mlp(self, layer: LayerWeights, h: Tensor, factor: Tensor | None, x: Tensor) -> None:

@@ -20,15 +20,16 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import xxhash
 
-from flashmoe.calibration import Calibration, CalibrationText, calibrate
+from flashmoe.calibration import CalibrationText, Hessians, calibrate
 from flashmoe.errors import ConfigError, ModelError
 from flashmoe.loader import OpenedModel, open_model
 from flashmoe.model_source import Progress
+from flashmoe.pack_experts import ExpertPacker, GptqExperts, RoundedExperts
 from flashmoe.pack_plan import PackedTensor, PackPlan, Piece, plan_pack
 from flashmoe.sizes import format_bytes
 from flashmoe.weights import DTYPES
 from kernels import native
-from kernels.native import Format
+from kernels.native import GROUP, Context, Format
 from storage import host
 from storage.checkpoint import INDEX_NAME, Checkpoint
 from storage.expert_file import (
@@ -51,7 +52,6 @@ from storage.shard_file import open_shard, read_exactly
 from storage.storage_errors import StorageError
 
 FORMATS = {"int4": Format.INT4, "int8": Format.INT8, "bf16": Format.BF16}
-GROUP = 32  # columns that share a scale (kernels/cpu/packed_layout.h)
 IN_FLIGHT_BYTES = 160 << 20  # before and after quantising, each
 SMALL_FILES = (".json", ".jinja", ".txt", ".model", ".md", ".tiktoken")
 NAMES_OF_TERMS = ("LICENSE", "NOTICE", "USE_POLICY")
@@ -68,7 +68,14 @@ class PackOptions:
     experts: str = "int4"
     dense: str = "bf16"
     threads: int = 1
-    calibration: CalibrationText | None = None  # weighs the errors of the experts
+    calibration: CalibrationText | None = None  # of the experts: GPTQ for int4, weighted errors for int8
+
+    @property
+    def method(self) -> str:
+        """How the experts' codes are chosen."""
+        if self.calibration is None:
+            return "rounding"
+        return "gptq" if FORMATS[self.experts] is Format.INT4 else "weighted rounding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +132,7 @@ def pack(folder: Path, output: Path, options: PackOptions, progress: Progress | 
         "--format": options.experts,
         "--dense": options.dense,
         "--calibration": options.calibration.describe() if options.calibration else "none",
+        "method": options.method,
         "layout": plan.digest(),
     }
     journal = open_journal(output, job)
@@ -132,11 +140,8 @@ def pack(folder: Path, output: Path, options: PackOptions, progress: Progress | 
     with journal:
         journal.start()
         resumed = len(journal.shards)
-        weights = (
-            calibrate(model, options.calibration, options.threads, progress) if options.calibration else None
-        )
         files = {path.name: _copy(path, output / path.name) for path in small_files}
-        _write_shards(checkpoint, plan, journal, options.threads, weights, progress)
+        _write_shards(model, plan, journal, options, progress)
         write_index(output, {name: [t.spec for t in tensors] for name, tensors in plan.shards.items()})
         files[INDEX_NAME] = checksum((output / INDEX_NAME).read_bytes())
         manifest = _manifest(model, plan, source, options, journal, files)
@@ -158,26 +163,34 @@ def pack(folder: Path, output: Path, options: PackOptions, progress: Progress | 
 
 
 def _write_shards(
-    checkpoint: Checkpoint,
-    plan: PackPlan,
-    journal: PackJournal,
-    threads: int,
-    weights: Calibration | None,
-    progress: Progress | None,
+    model: OpenedModel, plan: PackPlan, journal: PackJournal, options: PackOptions, progress: Progress | None
 ) -> None:
     """Write what the journal does not have yet."""
+    checkpoint = model.layout.checkpoint
     todo = {name: tensors for name, tensors in plan.shards.items() if name not in journal.shards}
     counter = _Counter(progress, sum(t.spec.nbytes for t in plan.tensors()))
     counter.add(sum(t.spec.nbytes for name in journal.shards for t in plan.shards[name]))
     pieces = (piece for tensors in todo.values() for tensor in tensors for piece in tensor.pieces)
     with ExitStack() as stack:
         source = stack.enter_context(_Source(checkpoint))
+        context = native.make_context(options.threads)
+        experts = _expert_packer(stack, model, context, options, progress)
         reading, packing = (stack.enter_context(_one_thread(name)) for name in ("pack-read", "pack-quantise"))
-        packer = _Packer(native.make_context(threads), checkpoint, weights)
+        packer = _Packer(context, checkpoint, experts)
         raw = _ahead(reading, source.read, pieces, lambda piece: piece.source_bytes)
         packed = _ahead(packing, packer.pack, raw, lambda raw: raw.piece.source_bytes + raw.piece.nbytes)
         for name, tensors in todo.items():
             journal.record(name, _write_shard(journal.folder / name, tensors, packed, counter))
+
+
+def _expert_packer(
+    stack: ExitStack, model: OpenedModel, context: Context, options: PackOptions, progress: Progress | None
+) -> ExpertPacker:
+    text, format = options.calibration, FORMATS[options.experts]
+    if text is not None and format is Format.INT4:
+        return GptqExperts(context, stack.enter_context(Hessians(model, text, options.threads)))
+    calibration = None if text is None else calibrate(model, text, options.threads, progress)
+    return RoundedExperts(context, format, calibration)
 
 
 def _write_shard(
@@ -298,8 +311,8 @@ class _Source:
 class _Packer:
     """Turns source bytes into what is written."""
 
-    def __init__(self, context: native.Context, checkpoint: Checkpoint, weights: Calibration | None) -> None:
-        self._context, self._checkpoint, self._weights = context, checkpoint, weights
+    def __init__(self, context: Context, checkpoint: Checkpoint, experts: ExpertPacker) -> None:
+        self._context, self._checkpoint, self._experts = context, checkpoint, experts
 
     def pack(self, raw: _Raw) -> _Packed:
         """Raises ModelError for weights that are not numbers."""
@@ -316,10 +329,9 @@ class _Packer:
             gate, up, down = tensors
             width, hidden = piece.rows, piece.columns
             size = native.expert_bytes(piece.target, hidden, width)
-            importance = (None, None) if self._weights is None else self._weights.importance(piece.expert)
-            sums = native.pack_expert(
-                self._context, gate.view(width, hidden), up.view(width, hidden), down.view(hidden, width),
-                piece.target, out[:size], importance,
+            sums = self._experts.pack(
+                piece.expert, gate.view(width, hidden), up.view(width, hidden), down.view(hidden, width),
+                out[:size],
             )  # fmt: skip
         if not math.isfinite(sums[0]) or not math.isfinite(sums[1]):
             self._refuse(raw)
@@ -520,7 +532,12 @@ def _manifest(
         dense_error=_relative(dense_sums) if FORMATS[options.dense].is_packed else None,
         calibration=None
         if options.calibration is None
-        else {"text": options.calibration.path.name, "sha256": options.calibration.describe()},
+        else {
+            "method": options.method,
+            "text": options.calibration.path.name,
+            "sha256": options.calibration.digest(),
+            "tokens": options.calibration.tokens,
+        },
     )
 
 
