@@ -11,19 +11,25 @@ from tiny_models import make_tiny_checkpoint
 from cache_policies.registry import POLICY_NAMES
 from flashmoe.budget import PREFILL_CHUNK
 from flashmoe.engine import Engine
+from flashmoe.pack import PackOptions, pack
 from kernels.native import available_isas
 
 TOP_K = 4  # the sum of two does not depend on their order, that of more does
 FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe")
+PACKED = (("mixtral", "int4", "bf16"), ("qwen2_moe", "int8", "int8"))  # family, experts, dense weights
 PROMPT = [(7 * i * i + 3 * i) % 89 for i in range(PREFILL_CHUNK + 60)]  # more than one chunk
 TURNS = (PROMPT[:5], PROMPT[5:], [11, 12, 13])
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, *PACKED], ids=str)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("tiny")
-    make_tiny_checkpoint(made, family=request.param, num_experts_per_tok=TOP_K)
-    return made
+    family, *packed = (request.param,) if isinstance(request.param, str) else request.param
+    make_tiny_checkpoint(made, family=family, num_experts_per_tok=TOP_K)
+    if not packed:
+        return made
+    pack(made, made.with_name(f"{made.name}-packed"), PackOptions(*packed, threads=2))
+    return made.with_name(f"{made.name}-packed")
 
 
 def conversation(engine: Engine) -> torch.Tensor:
