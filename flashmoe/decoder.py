@@ -1,8 +1,8 @@
 """The decoder: embedding, layers, logits, for one sequence on the CPU, activations in fp32.
 
 Of a layer, attention and router are one native call, its experts a few more. One token or a chunk of them
-take the same way and give the same bits; they differ in how experts are asked for. Axis letters: T new tokens,
-D hidden, d head size, E experts, K experts per token, V vocabulary.
+take the same way and give the same bits; they differ in how experts are asked for. Axis letters: T new
+tokens, D hidden, d head size, E experts, K experts per token, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence

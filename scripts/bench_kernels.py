@@ -104,7 +104,7 @@ class Reading:
 def main() -> None:
     options = parse_arguments()
     contexts = {n: make_context(n, options.isa) for n in sorted({1, options.threads})}
-    memory = allocate_aligned(options.arena_gib << 30)  # as the expert slots are: huge pages where there are any
+    memory = allocate_aligned(options.arena_gib << 30)  # as the expert slots are: in huge pages
     arena = torch.frombuffer(memory, dtype=torch.uint8).random_()
     read = plain_reader()
     clocks = {n: Clock(n, arena, read) for n in contexts}
