@@ -35,8 +35,10 @@ case ${1:-} in
     here=$(build selftest-plain)
     there=$(build selftest-neon -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
       -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static)
-    expected=$("$here" --cases "$cases" | tee /dev/stderr | sed -n 's/.*digest //p')
-    found=$(qemu-aarch64 -cpu max "$there" --cases "$cases" | tee /dev/stderr)
+    wanted=$("$here" --cases "$cases") || { echo "$wanted"; exit 1; }
+    found=$(qemu-aarch64 -cpu max "$there" --cases "$cases") || { echo "$found"; exit 1; }
+    printf '%s\n' "$wanted" "$found"
+    expected=$(sed -n 's/.*digest //p' <<<"$wanted")
     grep -q ' neon ' <<<"$found" || { echo "neon did not run" >&2; exit 1; }
     grep -q "^passed: .* digest $expected\$" <<<"$found" || { echo "other results on aarch64" >&2; exit 1; }
     ;;

@@ -1001,6 +1001,47 @@ void check_expert(Rng& rng) {
   }
 }
 
+// Codes and scales that somebody else chose lie where the layout says; an expert's as its matrices' do.
+void check_lay_out(Rng& rng) {
+  const int32_t format = rng.one_in(2) ? FM_INT4 : FM_INT8;
+  const int bits = format == FM_INT4 ? 4 : 8;
+  const int64_t hidden = rng.size(), width = rng.size(), padded = round_up(width, 64);
+  std::vector<Memory<int8_t>> codes;
+  std::vector<Memory<uint16_t>> scales;
+  for (int part = 0; part < 3; part++) {
+    const int64_t rows = part == 2 ? hidden : width, columns = part == 2 ? width : hidden;
+    codes.emplace_back(rows * columns), scales.emplace_back(rows * ((columns + 31) / 32));
+    for (int8_t& code : codes.back()) code = int8_t(bits == 4 ? rng.between(-8, 7) : rng.between(-127, 127));
+    for (uint16_t& scale : scales.back()) scale = uint16_t(0x2000 + rng.below(0x1000) + 0x8000 * rng.below(2));
+  }
+  const int8_t* const code_pointers[3] = {codes[0].data(), codes[1].data(), codes[2].data()};
+  const uint16_t* const scale_pointers[3] = {scales[0].data(), scales[1].data(), scales[2].data()};
+  const Runner& runner = runners[size_t(rng.below(int64_t(runners.size())))];
+  Bytes blob(fm_packed_expert_bytes(format, hidden, width));
+  fm_lay_out_expert(runner.context, format, hidden, width, code_pointers, scale_pointers, blob.data());
+  const int64_t up_tile = (hidden + 63) / 64 * (64 + 128 * bits), down_tile = padded / 64 * (64 + 128 * bits);
+  for (int part = 0; part < 3; part++) {
+    const int64_t rows = part == 2 ? hidden : width, columns = part == 2 ? width : hidden;
+    const int64_t tile = part == 2 ? down_tile : up_tile, groups = (columns + 31) / 32;
+    Bytes alone(fm_packed_matrix_bytes(format, rows, columns));
+    fm_lay_out_matrix(runner.context, format, rows, columns, codes[size_t(part)].data(), scales[size_t(part)].data(),
+                      alone.data());
+    for (int64_t r = 0; r < round_up(rows, 16); r++) {
+      const int64_t i = r / 16;
+      const uint8_t* at = part == 2 ? blob.data() + padded / 16 * 2 * up_tile + i * tile
+                                    : blob.data() + (2 * i + part) * tile;
+      expect(std::memcmp(at, alone.data() + i * tile, size_t(tile)) == 0, "lay out: an expert's tile");
+      for (int64_t k = 0; k < round_up(columns, 64); k++) {
+        const bool inside = r < rows && k < columns;
+        const double want = inside ? codes[size_t(part)][r * columns + k] *
+                                         half_to_double(scales[size_t(part)][r * groups + k / 32])
+                                   : 0;
+        expect(tile_weight(at, bits, r % 16, k) == want, "lay out: a weight is not its code times its scale");
+      }
+    }
+  }
+}
+
 // The bytes of two small experts. A better search for scales may change them; the layout, checked above by its formula,
 // may not change, since files hold it.
 void check_golden() {
@@ -1047,7 +1088,7 @@ constexpr struct {
   Check check;
   int share;
 } kChecks[] = {{check_tile, 6}, {check_rows, 5}, {check_vectors, 5}, {check_linear, 4}, {check_moe, 4},
-               {check_mlp, 2}, {check_attend, 2}, {check_route, 2}, {check_pack, 2}, {check_expert, 1}};
+               {check_mlp, 2}, {check_attend, 2}, {check_route, 2}, {check_pack, 2}, {check_expert, 1}, {check_lay_out, 1}};
 
 void run_case(uint64_t seed, int64_t number) {
   case_number = number;
