@@ -133,6 +133,8 @@ def pack(folder: Path, output: Path, options: PackOptions, progress: Progress | 
         "--dense": options.dense,
         "--calibration": options.calibration.describe() if options.calibration else "none",
         "method": options.method,
+        # torch's matrix products differ in the last bits from one number of threads to another
+        "--threads": str(options.threads) if options.method == "gptq" else "any",
         "layout": plan.digest(),
     }
     journal = open_journal(output, job)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from flashmoe.pack import PackOptions, pack
 from kernels import native
 from kernels.native import Context, Format, make_context
 from storage.expert_file import verify
+from storage.storage_errors import StorageError
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +241,8 @@ def test_a_pack_that_was_stopped_goes_on_to_the_same_bytes(
         patch.setattr(pack_module, "write_safetensors", stopping)
         with pytest.raises(KeyboardInterrupt):
             pack(source, tmp_path / "stopped", options(text))
+    with pytest.raises(StorageError, match="another pack: --threads was 2, now 1"):
+        pack(source, tmp_path / "stopped", replace(options(text), threads=1))
     assert pack(source, tmp_path / "stopped", options(text)).resumed_shards == 3
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "stopped" / path.name).read_bytes() == path.read_bytes()
