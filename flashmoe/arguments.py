@@ -107,7 +107,7 @@ def _add_pack(commands: "Commands") -> None:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="text (.jsonl, .txt) whose activations weigh the errors",
+        help="text (.jsonl, .txt) to run first: GPTQ for int4, weighted errors for int8",
     )
     add("--calibration-tokens", type=_count, metavar="N", help="how much of it to run (default: 16384)")
     add(
