@@ -158,9 +158,15 @@ class CheckpointLayout:
         """One tensor of bytes: tiles, or the rows of gate, up and down one behind the other."""
         assert self.packed is not None
         d, f = self.config.hidden_size, self.config.moe_intermediate_size
-        format = Format[self.packed.experts.format.upper()]
-        info = self._bytes_tensor(name, self.packed.experts.extent_bytes)
-        if self.packed.experts.extent_bytes < expert_bytes(format, d, f):
+        experts = self.packed.experts
+        if (experts.hidden, experts.width) != (d, f):
+            raise ModelError(
+                f"the manifest of {self.checkpoint.folder} has experts of {experts.hidden} x {experts.width};"
+                f" config.json asks for {d} x {f}"
+            )
+        format = Format[experts.format.upper()]
+        info = self._bytes_tensor(name, experts.extent_bytes)
+        if experts.extent_bytes < expert_bytes(format, d, f):
             raise ModelError(
                 f"{name} has {info.nbytes} bytes; an {format.name.lower()} expert of {d} x {f} needs"
                 f" {expert_bytes(format, d, f)}"

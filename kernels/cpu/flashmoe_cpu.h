@@ -76,7 +76,7 @@ void fm_moe_experts(fm_context*, const void* const* table, int64_t n, const int3
 void fm_moe_end(fm_context*, const float* products, const float* weights, float* y);
 
 // h [D] = activation-gated network of a dense layer or shared expert, added to y with a factor:
-// y [T, D] += factor[t] * down(act(gate x) * up x); factor null: 1.
+// y [T, D] += factor[t] * down(act(gate x) * up x); factor null: 1. FM_SWIGLU_CLAMPED with gpt-oss's limit 7 and alpha 1.702.
 void fm_mlp(fm_context*, int32_t activation, const fm_matrix* gate, const fm_matrix* up, const fm_matrix* down,
             const float* x, int64_t tokens, int32_t exact, const float* factor, float* y);
 

@@ -52,7 +52,7 @@ void fm_mlp(fm_context* c, int32_t activation, const fm_matrix* gate, const fm_m
       float g[kMaxTokens * kGroup] = {}, u[kMaxTokens * kGroup] = {}, h[kMaxTokens * kGroup];
       multiply(c->isa, *gate, in, c->input, block, begin, end, g, kGroup);
       multiply(c->isa, *up, in, c->input, block, begin, end, u, kGroup);
-      c->isa.activate(activation, 0.f, 0.f, block.count * kGroup, g, u, h);
+      c->isa.activate(activation, 7.f, 1.702f, block.count * kGroup, g, u, h);
       c->hidden.fill_group(c->isa, out, block.first, block.count, group, h);
     }
   });

@@ -683,7 +683,7 @@ void check_moe(Rng& rng) {
 
 void check_mlp(Rng& rng) {
   const int64_t hidden = rng.size(), width = rng.size(), out = rng.size(), tokens = rng.between(1, 10);
-  const auto kind = int32_t(rng.below(4));
+  const auto kind = int32_t(rng.below(5));
   const bool exact = rng.one_in(2), factored = rng.one_in(2);
   const Weights gate = random_weights(rng, kFormats[size_t(rng.below(5))], width, hidden),
                 up = random_weights(rng, gate.matrix.format, width, hidden),
@@ -698,7 +698,7 @@ void check_mlp(Rng& rng) {
   Floats g(tokens * width), u(tokens * width), h(tokens * width), d(tokens * out);
   fm_linear(scalar(), &gate.matrix, nullptr, x.data(), tokens, exact, g.data(), width);
   fm_linear(scalar(), &up.matrix, nullptr, x.data(), tokens, exact, u.data(), width);
-  isas[0]->activate(kind, 0.f, 0.f, tokens * width, g.data(), u.data(), h.data());
+  isas[0]->activate(kind, 7.f, 1.702f, tokens * width, g.data(), u.data(), h.data());
   fm_linear(scalar(), &down.matrix, nullptr, h.data(), tokens, exact, d.data(), out);
   for (int64_t i = 0; i < tokens * out; i++) d[i] = std::fma(factored ? factor[i / out] : 1.f, d[i], y[i]);
   expect(same(d, got), std::string("mlp ") + kFormatNames[gate.matrix.format] + ", down " +
