@@ -9,9 +9,8 @@ for flashmoe/gptq.py, of one layer at a time. Axis letters: T tokens, D hidden, 
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +26,8 @@ from flashmoe.model_source import Progress
 from flashmoe.tokenizer import Tokenizer
 from flashmoe.weights import ExpertId
 from kernels.expert_ffn import Addresses, ExpertFFN, Routing
-from kernels.native import ACTIVATIONS, Context, Experts, Format, Matrix, make_context
+from kernels.native import ACTIVATIONS, Experts, Matrix, make_context
+from kernels.reference import ACTIVATIONS as REFERENCE_ACTIVATIONS
 
 WINDOW = 512
 SHORTEST = 32  # tokens of a text worth running
@@ -36,12 +36,6 @@ RAM_BUDGETS = ("1GB", "2GB", "4GB", "8GB", "16GB", "auto")  # of the model that 
 HESSIAN_BYTES = 480 << 20  # at a time: 2 GB in all, with the model that runs and what waits to be written
 PRIOR_TOKENS = 16  # an expert that saw few tokens is taken to be like its layer's mean
 FLOOR = 1e-3  # of the mean: no column is worth nothing
-_GATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_pytorch_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
-    "relu": torch.nn.functional.relu,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,22 +222,13 @@ class _Recorder(ExpertFFN):
 
     def __init__(self, model: OpenedModel, loaded: LoadedEngine, threads: int) -> None:
         c = model.config
-        experts = Experts(
-            c.hidden_size,
-            c.moe_intermediate_size,
-            model.expert_format,
-            ACTIVATIONS[c.hidden_act],
-            False,
-        )
+        activation = ACTIVATIONS[c.hidden_act]
+        experts = Experts(c.hidden_size, c.moe_intermediate_size, model.expert_format, activation, False)
         super().__init__(loaded.engine.decoder.kernels, experts, c.hidden_size, c.num_experts_per_tok)
         self.listener: Listener | None = None
-        self._own: Context = make_context(threads)  # the other one holds the event's activations
-        self._format: Format = model.expert_format
-        self._width, self._gate, self._k = (
-            c.moe_intermediate_size,
-            _GATES[c.hidden_act],
-            c.num_experts_per_tok,
-        )
+        self._own = make_context(threads)  # the other one holds the event's activations
+        self._format, self._activate = model.expert_format, REFERENCE_ACTIVATIONS[c.hidden_act]
+        self._width, self._k = c.moe_intermediate_size, c.num_experts_per_tok
 
     def begin(self, x: Tensor) -> None:
         self._x = x
@@ -258,7 +243,7 @@ class _Recorder(ExpertFFN):
         rows = (ctypes.c_int32 * (end - begin)).from_address(routing.rows + 4 * begin)
         x = self._x[[row // self._k for row in rows]]  # [T, D]
         gate, up = (self._linear(address, x) for address in addresses[:2])
-        self._hidden[expert] = self._gate(gate) * up
+        self._hidden[expert] = self._activate(gate, up)
 
     def end(self, weights: Tensor, y: Tensor) -> None:
         super().end(weights, y)

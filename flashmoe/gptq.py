@@ -145,9 +145,8 @@ def _quantise_block(context: Context, rest: Tensor, inverse: Tensor, codes: Tens
     for begin in range(0, columns, GROUP):
         end = min(begin + GROUP, columns)
         triangle = inverse[begin:end, begin:end]
-        importance = triangle.diagonal().pow(
-            -2
-        )  # what an error costs that the columns to the right make up for
+        # What an error costs that the columns to the right make up for.
+        importance = triangle.diagonal().pow(-2)
         importance /= importance.mean()
         scale = native.search_scales(context, rest[:, begin:end].contiguous(), importance.contiguous())
         found, errors = _quantise_group(rest[:, begin:end], scale.float(), triangle)

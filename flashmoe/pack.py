@@ -177,7 +177,8 @@ def _write_shards(
         source = stack.enter_context(_Source(checkpoint))
         context = native.make_context(options.threads)
         experts = _expert_packer(stack, model, context, options, progress)
-        reading, packing = (stack.enter_context(_one_thread(name)) for name in ("pack-read", "pack-quantise"))
+        reading = stack.enter_context(_OneThread(1, "pack-read"))
+        packing = stack.enter_context(_OneThread(1, "pack-quantise"))
         packer = _Packer(context, checkpoint, experts)
         raw = _ahead(reading, source.read, pieces, lambda piece: piece.source_bytes)
         packed = _ahead(packing, packer.pack, raw, lambda raw: raw.piece.source_bytes + raw.piece.nbytes)
@@ -322,7 +323,7 @@ class _Packer:
         if piece.target is None:
             return _Packed(self._copied(raw), (0.0, 0.0))
         out = torch.zeros(piece.nbytes, dtype=torch.uint8)
-        tensors = [torch.frombuffer(view, dtype=_dtype(piece.source)) for view in raw.views]
+        tensors = [torch.frombuffer(view, dtype=DTYPES[piece.source]) for view in raw.views]
         if piece.expert is None:
             weight = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
             matrix = weight.view(piece.rows, piece.columns)
@@ -341,9 +342,9 @@ class _Packer:
 
     def _copied(self, raw: _Raw) -> memoryview:
         """The bytes one behind the other, then zeros."""
-        if raw.piece.source in _FLOATS:
+        if raw.piece.source in DTYPES:
             for view in raw.views:
-                least, most = torch.aminmax(torch.frombuffer(view, dtype=_dtype(raw.piece.source)))
+                least, most = torch.aminmax(torch.frombuffer(view, dtype=DTYPES[raw.piece.source]))
                 if not math.isfinite(float(least)) or not math.isfinite(float(most)):
                     self._refuse(raw)
         if len(raw.views) == 1 and raw.views[0].nbytes == raw.piece.nbytes:
@@ -358,7 +359,7 @@ class _Packer:
     def _refuse(self, raw: _Raw) -> None:
         """Find which of the piece's tensors is not all finite numbers that can be squared."""
         for extent, view in zip(raw.piece.extents, raw.views, strict=True):
-            values = torch.frombuffer(view, dtype=_dtype(raw.piece.source)).float()
+            values = torch.frombuffer(view, dtype=DTYPES[raw.piece.source]).float()
             if not torch.isfinite(values.square()).all():
                 kind = "a number too large to quantise" if torch.isfinite(values).all() else "NaN or infinity"
                 raise ModelError(
@@ -373,17 +374,6 @@ class _Packer:
             for name, info in self._checkpoint.tensors.items()
             if info.shard == extent.shard and info.offset <= extent.offset < info.offset + info.nbytes
         )
-
-
-_FLOATS = {"BF16", "F16", "F32"}
-
-
-def _dtype(name: str) -> torch.dtype:
-    return DTYPES[name]
-
-
-def _one_thread(name: str) -> "_OneThread":
-    return _OneThread(max_workers=1, thread_name_prefix=name)
 
 
 class _OneThread(ThreadPoolExecutor):

@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from flashmoe.errors import ModelError
 from flashmoe.weights import CheckpointLayout, DenseMatrix, ExpertId
 from kernels.native import Format, expert_bytes, matrix_bytes
 from storage.checkpoint import TensorInfo
@@ -74,11 +73,8 @@ def plan_pack(
 ) -> PackPlan:
     """`experts`: INT4, INT8, or BF16 for the source's own dtype; `dense`: likewise."""
     c = layout.config
-    stored = {expert.format for expert in layout.experts.values()}
-    if len(stored) > 1 and not experts.is_packed:
-        names = ", ".join(sorted(format.name for format in stored))
-        raise ModelError(f"the experts mix {names}; --format bf16 keeps one dtype, try --format int8")
-    format = experts if experts.is_packed else next(iter(stored))
+    stored = next(iter(layout.experts.values())).format  # all experts of a layout share one
+    format = experts if experts.is_packed else stored
     size = expert_bytes(format, c.hidden_size, c.moe_intermediate_size)
     extent_bytes = -(-size // PAGE_BYTES) * PAGE_BYTES
     tensors = [_expert(layout, key, format, extent_bytes) for key in layout.experts]
