@@ -109,6 +109,17 @@ def test_a_packed_model_has_the_same_tokens_under_every_budget(tmp_path: Path, e
         assert greedy(build_engine(packed, slots=slots, reader=reader), PROMPT, 12) == want
 
 
+def test_a_manifest_whose_experts_are_not_those_of_the_config_is_refused(tmp_path: Path) -> None:
+    packed = pack_tiny(tmp_path)
+    raw = json.loads((packed / MANIFEST_NAME).read_text())
+    hidden = raw["experts"]["hidden"]
+    raw["experts"]["hidden"] = hidden // 2  # its extents would still be large enough
+    (packed / MANIFEST_NAME).write_text(json.dumps(raw))
+    message = rf"has experts of {hidden // 2} x .*config.json asks for {hidden} x"
+    with pytest.raises(ModelError, match=message):
+        build_engine(packed)
+
+
 def test_the_dense_matrices_of_a_layer_are_packed_under_their_names(tmp_path: Path) -> None:
     packed = pack_tiny(tmp_path, "int4", "int4", "qwen2_moe")
     names = set(open_checkpoint(packed).tensors)
