@@ -6,7 +6,7 @@ trace.
 
 Time is counted in events. One event is one layer's routed set of one token. Its life:
 
-    policy.step(layer, routed)              # observe the whole set, hits and misses alike
+    policy.step(layer, routed, weights)     # observe the whole set, hits and misses alike
     policy.victims(candidates, lacking)     # no candidate is an expert that this event needs
     policy.inserted(expert)                 # once for each expert that became resident, in any order
 
@@ -16,10 +16,31 @@ flatter some policies, and no engine works like that.
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 ExpertId = tuple[int, int]
 """(layer, expert), both from 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The model and the cache that a policy works for, in numbers of experts.
+
+    `capacity`: how many experts may be resident, in all layers together, or with `per_layer` in each layer
+    by itself. Layers without experts count too: their ids simply never turn up.
+    """
+
+    layers: int
+    experts: int
+    top_k: int
+    capacity: int
+    per_layer: bool = False
+
+    @property
+    def layer_capacity(self) -> float:
+        """The slots that a layer has, on average where they are shared."""
+        return float(self.capacity) if self.per_layer else self.capacity / self.layers
 
 
 class CachePolicy(ABC):
@@ -38,11 +59,13 @@ class CachePolicy(ABC):
         routed: Sequence[int],
         weights: Sequence[float] | None = None,
         scores: Sequence[float] | None = None,
+        token: int = -1,
     ) -> None:
         """Observe one event.
 
         `routed`: the experts chosen, each once, in top-k order; `weights`: theirs, in the same order.
         `scores`: the router's probability of every expert of the layer; recorded traces may lack them.
+        `token`: the id of the token that is routed, -1 where it is not known.
         """
 
     def inserted(self, expert: ExpertId) -> None:  # noqa: B027 - not every policy needs to know

@@ -6,13 +6,14 @@ from cache_policies.fifo import FIFO
 from cache_policies.lfru import LFRU
 from cache_policies.lfu import LFU
 from cache_policies.lru import LRU
-from cache_policies.policy import CachePolicy
+from cache_policies.per_layer import PerLayer
+from cache_policies.policy import CachePolicy, Geometry
 from cache_policies.random_policy import Random
 
 POLICY_NAMES = (LRU.name, LFU.name, LFRU.name, FIFO.name, Random.name)
 
 
-def make_policy(name: str, *, seed: int = 0) -> CachePolicy:
+def make_policy(name: str, geometry: Geometry, *, seed: int = 0) -> CachePolicy:
     """A new policy that has seen nothing yet; `seed` matters to "random" alone.
 
     Raises ValueError for an unknown name.
@@ -26,4 +27,4 @@ def make_policy(name: str, *, seed: int = 0) -> CachePolicy:
     }
     if name not in makers:
         raise ValueError(f"unknown policy {name!r}; known are {', '.join(POLICY_NAMES)}")
-    return makers[name]()
+    return PerLayer(makers[name], geometry.layers) if geometry.per_layer else makers[name]()

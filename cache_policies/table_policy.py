@@ -43,6 +43,7 @@ class TablePolicy(CachePolicy):
         routed: Sequence[int],
         weights: Sequence[float] | None = None,
         scores: Sequence[float] | None = None,
+        token: int = -1,
     ) -> None:
         self._cover(layer, max(routed, default=0))
         self._clock += 1

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from cache_policies.policy import Geometry
 from cache_policies.registry import make_policy
 from flashmoe.budget import BudgetPlan, Sizes, plan_budget
 from flashmoe.config import ModelConfig, RunConfig, load_model_config
@@ -129,11 +130,13 @@ def load_engine(
         weights = load_dense(model.layout, _progress_of_bytes(progress, model.layout.dense_read_bytes))
         dense_load_s = time.perf_counter() - begin
         reader = _open_reader(probed.reader, model, run.check_reads)
+        c = model.config
+        geometry = Geometry(c.num_moe_layers, c.num_experts, c.num_experts_per_tok, plan.slots)
         cache = ExpertCache(
             model.read_plans,
             reader,
             ReadQueue(reader),
-            make_policy(run.policy, seed=run.seed),
+            make_policy(run.policy, geometry, seed=run.seed),
             plan.slots,
         )
         decoder = Decoder(

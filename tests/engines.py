@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from cache_policies.policy import Geometry
 from cache_policies.registry import make_policy
 from flashmoe.config import load_model_config
 from flashmoe.decoder import Decoder
@@ -32,7 +33,9 @@ def build_engine(
     checkpoint = layout.checkpoint
     plans = {key: plan_read(e.extents, checkpoint.shard_bytes) for key, e in layout.experts.items()}
     opened = open_reader(reader, checkpoint.shards, checkpoint.shard_bytes)
-    cache = ExpertCache(plans, opened, ReadQueue(opened), make_policy(policy), slots or len(plans))
+    slots = slots or len(plans)
+    geometry = Geometry(config.num_moe_layers, config.num_experts, config.num_experts_per_tok, slots)
+    cache = ExpertCache(plans, opened, ReadQueue(opened), make_policy(policy, geometry), slots)
     kernels, format = make_context(threads, isa), next(iter(layout.experts.values())).format
     return Engine(Decoder(config, load_dense(layout), cache, context, kernels, format, exact))
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache_policies.policy import Geometry
 from cache_policies.registry import POLICY_NAMES, make_policy
 from flashmoe.expert_cache import ExpertCache
 from flashmoe.weights import ExpertId
@@ -71,7 +72,7 @@ def make_cache(
     ids = [(layer, expert) for layer in range(layers) for expert in range(experts)]
     plan = ReadPlan((Run(0, 0, EXPERT_BYTES, 0),), ((0, MATRIX_BYTES),) * 3, 4096, EXPERT_BYTES, EXPERT_BYTES)
     cache = ExpertCache(
-        {key: plan for key in ids}, drive, drive, make_policy(policy), slots,  # type: ignore[arg-type]
+        {key: plan for key in ids}, drive, drive, make_policy(policy, Geometry(2, 16, 4, slots)), slots,  # type: ignore[arg-type]
     )  # fmt: skip
     return cache, drive
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_policies import table_policy
-from cache_policies.policy import CachePolicy, ExpertId
+from cache_policies.policy import CachePolicy, ExpertId, Geometry
 from cache_policies.registry import POLICY_NAMES, make_policy
 
 Event = tuple[int, list[int]]  # layer, routed experts
@@ -57,6 +57,10 @@ def replay(policy: CachePolicy, trace: Iterable[Event], capacity: int, arrivals:
     return done
 
 
+def make(name: str, seed: int = 0, capacity: int = 24) -> CachePolicy:
+    return make_policy(name, Geometry(layers=4, experts=512, top_k=4, capacity=capacity), seed=seed)
+
+
 def fill(policy: CachePolicy, *experts: ExpertId) -> set[ExpertId]:
     for expert in experts:
         policy.inserted(expert)
@@ -81,7 +85,7 @@ def test_any_policy_keeps_the_contract_on_any_trace(
 ) -> None:
     """Never over capacity, never evicts what the event needs; distinct resident victims: see replay."""
     with mock.patch.object(table_policy, "FEW", few):
-        done = replay(make_policy(name, seed=seed), trace, capacity)
+        done = replay(make(name, seed=seed), trace, capacity)
     assert len(done.hits) == len(trace)
 
 
@@ -91,8 +95,8 @@ def test_any_policy_keeps_the_contract_on_any_trace(
 def test_the_same_trace_gives_the_same_victims_in_whatever_order_reads_finish(
     name: str, trace: list[Event], capacity: int, seed: int
 ) -> None:
-    first = replay(make_policy(name, seed=seed), trace, capacity)
-    again = replay(make_policy(name, seed=seed), trace, capacity, arrivals=1)
+    first = replay(make(name, seed=seed), trace, capacity)
+    again = replay(make(name, seed=seed), trace, capacity, arrivals=1)
     assert again == first
 
 
@@ -102,9 +106,9 @@ def test_the_same_trace_gives_the_same_victims_in_whatever_order_reads_finish(
 def test_few_and_many_candidates_are_judged_alike(name: str, trace: list[Event], capacity: int) -> None:
     """Two ways to the victims, sorting the candidates and searching the tables, give the same ones."""
     with mock.patch.object(table_policy, "FEW", 0):
-        searched = replay(make_policy(name), trace, capacity)
+        searched = replay(make(name), trace, capacity)
     with mock.patch.object(table_policy, "FEW", 10**6):
-        assert replay(make_policy(name), trace, capacity) == searched
+        assert replay(make(name), trace, capacity) == searched
 
 
 @pytest.mark.parametrize("name", ["lru", "lfu", "lfru"])
@@ -114,7 +118,7 @@ def test_what_a_policy_knows_of_an_expert_survives_its_eviction(
     name: str, trace: list[Event], capacity: int
 ) -> None:
     """After the trace, a small cache's policy ranks its residents like one that never evicted anything."""
-    evicting, keeping = make_policy(name), make_policy(name)
+    evicting, keeping = make(name), make(name)
     resident = frozenset(replay(evicting, trace, capacity).resident)
     replay(keeping, trace, capacity=10**6)
     assert evicting.victims(resident, len(resident)) == keeping.victims(resident, len(resident))
@@ -122,7 +126,7 @@ def test_what_a_policy_knows_of_an_expert_survives_its_eviction(
 
 @every_policy
 def test_asking_for_more_victims_than_may_leave_is_an_error(name: str) -> None:
-    policy = make_policy(name)
+    policy = make(name)
     residents = fill(policy, (0, 0), (0, 1))
     with pytest.raises(ValueError, match="3 victims asked for, but only 2 experts may leave"):
         policy.victims(residents, 3)
@@ -132,14 +136,14 @@ def test_asking_for_more_victims_than_may_leave_is_an_error(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in POLICY_NAMES if name != "random"])
 def test_equals_leave_in_order_of_layer_and_expert(name: str) -> None:
-    policy = make_policy(name)
+    policy = make(name)
     residents = fill(policy, (1, 0), (0, 3), (0, 1), (1, 2))
     assert policy.victims(residents, 4) == [(0, 1), (0, 3), (1, 0), (1, 2)]
 
 
 @every_policy
 def test_residents_that_may_not_go_are_passed_over(name: str) -> None:
-    policy = make_policy(name)
+    policy = make(name)
     fill(policy, *((0, expert) for expert in range(500)))
     candidates = {(0, expert) for expert in range(450, 500)}  # all 500 are equals
     assert candidates.issuperset(policy.victims(candidates, 3))
@@ -147,7 +151,7 @@ def test_residents_that_may_not_go_are_passed_over(name: str) -> None:
 
 @every_policy
 def test_candidates_never_reported_as_inserted_can_leave_all_the_same(name: str) -> None:
-    policy = make_policy(name)
+    policy = make(name)
     policy.step(3, [20])
     candidates = {(layer, expert) for layer in range(3) for expert in range(20)}
     assert candidates == set(policy.victims(candidates, 60))
@@ -155,7 +159,7 @@ def test_candidates_never_reported_as_inserted_can_leave_all_the_same(name: str)
 
 def test_an_unknown_policy_is_refused_with_the_known_names() -> None:
     with pytest.raises(ValueError, match=r"unknown policy 'mru'; known are lru, lfu, lfru, fifo, random"):
-        make_policy("mru")
+        make("mru")
 
 
 # LRU against a model that shares nothing with it
@@ -175,6 +179,7 @@ class OrderedDictLRU(CachePolicy):
         routed: Sequence[int],
         weights: Sequence[float] | None = None,
         scores: Sequence[float] | None = None,
+        token: int = -1,
     ) -> None:
         for expert in sorted(routed):
             self.order[layer, expert] = None
@@ -188,19 +193,19 @@ class OrderedDictLRU(CachePolicy):
 @given(trace=traces, capacity=capacities, few=sorting)
 def test_lru_does_what_an_ordered_dict_does(trace: list[Event], capacity: int, few: int) -> None:
     with mock.patch.object(table_policy, "FEW", few):
-        assert replay(make_policy("lru"), trace, capacity) == replay(OrderedDictLRU(), trace, capacity)
+        assert replay(make("lru"), trace, capacity) == replay(OrderedDictLRU(), trace, capacity)
 
 
 # One story each. Unless told otherwise all experts are of layer 0 and the cache holds two.
 
 
 def test_lru_evicts_the_expert_unused_longest() -> None:
-    done = replay(make_policy("lru"), [(0, [1]), (0, [2]), (0, [1]), (0, [3])], capacity=2)
+    done = replay(make("lru"), [(0, [1]), (0, [2]), (0, [1]), (0, [3])], capacity=2)
     assert done.victims == [(0, 2)]
 
 
 def test_lru_takes_a_prefetched_expert_for_as_recent_as_its_arrival() -> None:
-    policy = make_policy("lru")
+    policy = make("lru")
     for expert in (1, 2):
         policy.step(0, [expert])
     residents = fill(policy, (0, 1), (0, 2), (1, 0))  # nothing asked for (1, 0) yet
@@ -209,7 +214,7 @@ def test_lru_takes_a_prefetched_expert_for_as_recent_as_its_arrival() -> None:
 
 def test_lru_goes_by_use_however_late_the_read_finished() -> None:
     """A prompt is observed token by token before its experts arrive; those of its last tokens must stay."""
-    policy = make_policy("lru")
+    policy = make("lru")
     for expert in (2, 1):
         policy.step(0, [expert])
     residents = fill(policy, (0, 1), (0, 2))
@@ -217,7 +222,7 @@ def test_lru_goes_by_use_however_late_the_read_finished() -> None:
 
 
 def test_lfu_evicts_the_expert_used_least_and_of_equals_the_one_unused_longest() -> None:
-    policy = make_policy("lfu")
+    policy = make("lfu")
     for expert in (1, 1, 2, 3, 2, 1, 4):
         policy.step(0, [expert])
     residents = fill(policy, (0, 1), (0, 2), (0, 3), (0, 4))
@@ -227,11 +232,11 @@ def test_lfu_evicts_the_expert_used_least_and_of_equals_the_one_unused_longest()
 def test_lfu_remembers_the_count_of_an_expert_that_was_away() -> None:
     trace = [(0, [1]), (0, [1]), (0, [2]), (0, [2]), (0, [2]), (0, [3]), (0, [1]), (0, [4])]
     # 3 pushes 1 out (2 uses against 3); 1 comes back over 3, and with 3 uses in all it is level with 2.
-    assert replay(make_policy("lfu"), trace, capacity=2).victims == [(0, 1), (0, 3), (0, 2)]
+    assert replay(make("lfu"), trace, capacity=2).victims == [(0, 1), (0, 3), (0, 2)]
 
 
 def test_lfru_evicts_the_largest_age_over_one_plus_count() -> None:
-    policy = make_policy("lfru")
+    policy = make("lfru")
     for expert in (1, 1, 1, 2, 3):
         policy.step(0, [expert])
     residents = fill(policy, (0, 1), (0, 2), (0, 3))
@@ -240,7 +245,7 @@ def test_lfru_evicts_the_largest_age_over_one_plus_count() -> None:
 
 
 def test_lfru_counts_age_in_events_of_the_experts_own_layer() -> None:
-    policy = make_policy("lfru")
+    policy = make("lfru")
     policy.step(1, [7])
     for expert in (5, 6):
         policy.step(0, [expert])
@@ -249,7 +254,7 @@ def test_lfru_counts_age_in_events_of_the_experts_own_layer() -> None:
 
 
 def test_lfru_counts_the_age_of_a_prefetched_expert_from_its_arrival() -> None:
-    policy = make_policy("lfru")
+    policy = make("lfru")
     for expert in (1, 9, 9, 9):
         policy.step(0, [expert])
     residents = fill(policy, (0, 1), (0, 2))
@@ -258,18 +263,18 @@ def test_lfru_counts_the_age_of_a_prefetched_expert_from_its_arrival() -> None:
 
 
 def test_fifo_evicts_the_first_that_came_however_often_it_is_used() -> None:
-    done = replay(make_policy("fifo"), [(0, [1]), (0, [2]), (0, [1]), (0, [1]), (0, [3])], capacity=2)
+    done = replay(make("fifo"), [(0, [1]), (0, [2]), (0, [1]), (0, [1]), (0, [3])], capacity=2)
     assert done.victims == [(0, 1)]
 
 
 def test_fifo_counts_from_the_latest_arrival() -> None:
-    done = replay(make_policy("fifo"), [(0, [1]), (0, [2]), (0, [3]), (0, [1]), (0, [4])], capacity=2)
+    done = replay(make("fifo"), [(0, [1]), (0, [2]), (0, [3]), (0, [1]), (0, [4])], capacity=2)
     assert done.victims == [(0, 1), (0, 2), (0, 3)]
 
 
 def test_random_gives_every_candidate_the_same_chance_and_depends_on_its_seed() -> None:
     def victims(seed: int) -> list[ExpertId]:
-        policy = make_policy("random", seed=seed)
+        policy = make("random", seed=seed)
         residents = fill(policy, *((0, expert) for expert in range(4)))
         return [victim for _ in range(400) for victim in policy.victims(residents, 1)]
 

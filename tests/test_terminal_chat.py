@@ -481,7 +481,7 @@ class PseudoTerminal:
 
 def beginning_of_the_answer(model: Path, message: str) -> str:
     """As a terminal shows it."""
-    with LLM(model, ram_budget="2G") as llm:
+    with LLM(model, ram_budget="8G") as llm:
         pieces = (printable(piece.text) for piece in llm.chat().stream(message, max_tokens=50))
         return "".join(islice((text for text in pieces if text.strip()), 4)).replace("\n", "\r\n")
 

@@ -1,0 +1,171 @@
+"""Which experts are resident and which must come: the rules that the engine and a replay share, in ids only.
+
+An event (one layer of one token, or of a prefill chunk) is atomic: what it needs is held until it is settled
+and never a victim of its own. Which experts leave is decided when the event begins or ends, never by the
+order in which reads finish; so a recorded run, replayed, gives the same hits to the last one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cache_policies.policy import CachePolicy, ExpertId, Geometry
+
+# Slots that a prefill layer may take from others for the experts that only pass through: enough to keep
+# reads under way, and never more than a sixteenth of all.
+PREFILL_READS_AHEAD = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlan:
+    """One layer of a prefill chunk: who is there, who comes, who goes.
+
+    `victims` leave before anything is read. Then `hits` are served, and of them `leaving` go as soon as they
+    are; `passing` are read, served and dropped; `staying` are read last and kept.
+    """
+
+    victims: list[ExpertId]
+    hits: list[ExpertId]
+    leaving: frozenset[ExpertId]
+    passing: list[ExpertId]
+    staying: list[ExpertId]
+
+
+class Residency:
+    """The residents of a cache with `geometry.capacity` slots, under one policy.
+
+    `begin` an event, tell what `arrived`, `settle` it. With per-layer capacity every layer has a pool of its
+    own; a global cache has one pool. Held experts are in no pool, so the policy cannot choose them.
+    """
+
+    def __init__(self, policy: CachePolicy, geometry: Geometry, spare: int = 0) -> None:
+        """`spare`: slots beyond the capacity, through which a prefill's experts may pass."""
+        if geometry.capacity < geometry.top_k:
+            raise ValueError(f"a capacity of {geometry.capacity} experts is below top-k {geometry.top_k}")
+        self.policy, self.geometry, self.spare = policy, geometry, spare
+        self.held: dict[ExpertId, None] = {}
+        shared: dict[ExpertId, None] = {}
+        self._pools = [{} if geometry.per_layer else shared for _ in range(geometry.layers)]
+        self._of_layer: list[set[ExpertId]] = [set() for _ in range(geometry.layers)]
+        self._reads_ahead = max(1, min(PREFILL_READS_AHEAD, self.slots // 16))
+
+    @property
+    def slots(self) -> int:
+        """Room for this many experts in all."""
+        return self.geometry.capacity * (self.geometry.layers if self.geometry.per_layer else 1)
+
+    def __contains__(self, expert: ExpertId) -> bool:
+        return expert in self._of_layer[expert[0]]
+
+    @property
+    def residents(self) -> frozenset[ExpertId]:
+        return frozenset().union(*self._of_layer)
+
+    def begin(
+        self,
+        layer: int,
+        routed: Sequence[int],
+        weights: Sequence[float] | None = None,
+        scores: Sequence[float] | None = None,
+        token: int = -1,
+    ) -> tuple[list[ExpertId], list[ExpertId]]:
+        """One token's event -> (the experts that must come, in top-k order; the victims that made room)."""
+        self.policy.step(layer, routed, weights, scores, token)
+        missing: list[ExpertId] = []
+        pool, held = self._pools[layer], self.held
+        for expert in routed:
+            key = (layer, expert)
+            if key in pool:
+                del pool[key]
+                held[key] = None
+            else:
+                missing.append(key)
+        if not missing:
+            return missing, []
+        surplus = len(pool) + len(routed) - self.geometry.capacity
+        return missing, self._evict(layer, surplus) if surplus > 0 else []
+
+    def arrived(self, key: ExpertId) -> None:
+        """An expert that the event lacked is resident now, and held."""
+        self.held[key] = None
+        self._of_layer[key[0]].add(key)
+        self.policy.inserted(key)
+
+    def settle(self) -> None:
+        """The event is over: nothing is held any more."""
+        for key in self.held:
+            self._pools[key[0]][key] = None
+        self.held.clear()
+
+    def begin_chunk(self, layer: int, experts: Sequence[int]) -> ChunkPlan:
+        """One layer of a prefill chunk, whose tokens the policy has seen; `experts` that it needs, each once.
+
+        The policy chooses who stays among the layer's residents and the chunk's experts together, so that a
+        cache begins to decode with what the prompt's routing recommends (DAOP, arXiv 2501.10375). The layer
+        ends with its share of the slots, or what it had before if that was more: a long prompt does not wash
+        out what decoding will need elsewhere.
+        """
+        assert not self.held
+        needed = [(layer, expert) for expert in experts]
+        mine, pool = self._of_layer[layer], self._pools[layer]
+        hits = [key for key in needed if key in mine]
+        missing = [key for key in needed if key not in mine]
+        together = mine.union(needed)
+        share = max(self.slots // self.geometry.layers, len(mine))
+        for key in missing:
+            self.policy.inserted(key)
+        gone = set(self.policy.victims(together, max(0, len(together) - share)))
+        passing = [key for key in missing if key in gone]
+        staying = [key for key in missing if key not in gone]
+        leaving = gone.intersection(hits)
+        victims = [key for key in sorted(gone) if key in mine and key not in leaving]
+
+        free = self.slots + self.spare - sum(map(len, self._of_layer)) + len(victims)
+        lacking = max(len(staying) - len(leaving), min(self._reads_ahead, len(passing))) - free
+        if lacking > 0 and not self.geometry.per_layer:
+            others = pool.keys() - together
+            taken = self.policy.victims(others, min(lacking, len(others)))
+            victims += taken
+            free += len(taken)
+        if passing and not free and not leaving:  # a budget of a few slots: one of the layer's must go
+            victim = self.policy.victims(mine.difference(victims), 1)[0]
+            if victim in hits:
+                leaving.add(victim)
+            else:
+                victims.append(victim)
+        for key in victims:
+            self._remove(key)
+        for key in hits:
+            del pool[key]
+            self.held[key] = None
+        return ChunkPlan(victims, hits, frozenset(leaving), passing, staying)
+
+    def chunk_served(self, plan: ChunkPlan) -> None:
+        """All of a chunk's experts have been served: what stays is resident, the rest has left."""
+        for key in plan.staying:
+            self.held[key] = None
+            self._of_layer[key[0]].add(key)
+        for key in plan.leaving:
+            self._remove(key)
+        self.settle()
+
+    def evict_all(self) -> list[ExpertId]:
+        """Empty the cache; the policy keeps what it learnt."""
+        self.settle()
+        return [
+            key
+            for layer in range(self.geometry.layers if self.geometry.per_layer else 1)
+            for key in self._evict(layer, len(self._pools[layer]))
+        ]
+
+    def _remove(self, key: ExpertId) -> None:
+        self.held.pop(key, None)
+        self._pools[key[0]].pop(key, None)
+        self._of_layer[key[0]].discard(key)
+
+    def _evict(self, layer: int, n: int) -> list[ExpertId]:
+        pool = self._pools[layer]
+        victims = self.policy.victims(pool.keys(), n)
+        for key in victims:
+            del pool[key]
+            self._of_layer[key[0]].discard(key)
+        return victims
