@@ -10,7 +10,7 @@ print(chat.stats)
 import json
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from flashmoe.budget import BudgetPlan
 from flashmoe.config import RunConfig
 from flashmoe.errors import ConfigError, FlashMoEError
-from flashmoe.loader import load_engine, open_model, plan_model
+from flashmoe.loader import load_engine, open_cache, open_model, plan_model
 from flashmoe.model_source import Progress, find_model
 from flashmoe.sampler import Sampler, SamplingParams, StopStrings
 from flashmoe.stats import GenerationStats, TokenStats
@@ -184,6 +184,13 @@ class LLM:
         if params.max_tokens is not None and generated >= params.max_tokens:
             return "length"
         return "context" if self.engine.is_full else None
+
+    def use_policy(self, policy: str) -> None:
+        """Go on with empty slots under another policy, which has seen nothing; weights and KV cache stay."""
+        self.run_config = replace(self.run_config, policy=policy)
+        self.expert_cache.close()
+        self.expert_cache = open_cache(self._opened, self.plan, self.run_config, self.probed.reader)
+        self.engine.decoder.experts = self.expert_cache
 
     def close(self) -> None:
         """Free the expert slots and close the files; safe to call twice."""

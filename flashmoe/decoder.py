@@ -6,7 +6,7 @@ tokens, D hidden, d head size, E experts, K experts per token, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,11 +22,26 @@ from kernels.native import ACTIVATIONS, Attention, Context, Experts, Format, Rou
 _QK_NORMS = {"none": 0, "head": 1, "full": 2}
 
 
+class RoutingObserver(Protocol):
+    """Who wants to see what the router chose. The tensors are the decoder's own: read them at once, copy what
+    is to stay. A forward pass that an error cut short has no end; the next one begins."""
+
+    def forward_begins(self, token_ids: Sequence[int]) -> None:
+        """T tokens are about to run through the layers together."""
+
+    def routed(self, layer: int, ids: Tensor, weights: Tensor, probabilities: Tensor) -> None:
+        """A layer with experts has routed them: ids [T, K] int32, weights [T, K], probabilities [T, E]."""
+
+    def forward_ends(self) -> None:
+        """All layers have run, and the KV cache counts the tokens."""
+
+
 class Decoder:
     """Appends tokens to the KV cache and returns logits. `check` is called before every layer.
 
     `expert_format`: how experts are stored. `exact`: fp32 activations also for int4 and int8 weights. Whoever
-    wants to see what experts are given puts a subclass of ExpertFFN in `expert_ffn`.
+    wants to see what experts are given puts a subclass of ExpertFFN in `expert_ffn`; whoever wants to see the
+    routing, an `observer`.
     """
 
     def __init__(
@@ -53,6 +68,7 @@ class Decoder:
             for index, layer in enumerate(weights.layers)
         ]
         self._one_token = _Buffers.of(config, 1)
+        self.observer: RoutingObserver | None = None
 
     @torch.inference_mode()
     def forward(
@@ -68,11 +84,15 @@ class Decoder:
         x = self.embed(token_ids)
         buffers = self._one_token if tokens == 1 else _Buffers.of(self.config, tokens)
         position = (*self._rotary.addresses(begin), begin, tokens)
+        if self.observer is not None:
+            self.observer.forward_begins(token_ids)
         for index in range(self.config.num_hidden_layers):
             if check is not None:
                 check()
             self._layer(index, x, buffers, position)
         self.kv_cache.advance(tokens)
+        if self.observer is not None:
+            self.observer.forward_ends()
         x = self._norm(x if all_logits else x[-1:], self._weights.norm)
         logits = self._linear(x, self._weights.lm_head)
         return logits if all_logits else logits[0]
@@ -97,6 +117,8 @@ class Decoder:
         self.kernels.attend_and_route(
             native.attention, native.router, *position, x.data_ptr(), *buffers.addresses
         )
+        if self.observer is not None:
+            self.observer.routed(index, buffers.ids, buffers.weights, buffers.probabilities)
         self.expert_ffn.begin(buffers.h)
         if len(x) == 1:
             ids, weights = buffers.ids[0].tolist(), buffers.weights[0].tolist()

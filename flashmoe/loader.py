@@ -129,21 +129,21 @@ def load_engine(
         begin = time.perf_counter()
         weights = load_dense(model.layout, _progress_of_bytes(progress, model.layout.dense_read_bytes))
         dense_load_s = time.perf_counter() - begin
-        reader = _open_reader(probed.reader, model, run.check_reads)
-        c = model.config
-        geometry = Geometry(c.num_moe_layers, c.num_experts, c.num_experts_per_tok, plan.slots)
-        cache = ExpertCache(
-            model.read_plans,
-            reader,
-            ReadQueue(reader),
-            make_policy(run.policy, geometry, seed=run.seed),
-            plan.slots,
-        )
+        cache = open_cache(model, plan, run, probed.reader)
         decoder = Decoder(
             model.config, weights, cache, plan.context, kernels, model.expert_format, run.exact_activations
         )
         engine = Engine(decoder)
     return LoadedEngine(engine, cache, probed, dense_load_s)
+
+
+def open_cache(model: OpenedModel, plan: BudgetPlan, run: RunConfig, reader_name: str) -> ExpertCache:
+    """Empty slots and a policy that has seen nothing; allocates `plan.slots` experts."""
+    reader = _open_reader(reader_name, model, run.check_reads)
+    c = model.config
+    geometry = Geometry(c.num_moe_layers, c.num_experts, c.num_experts_per_tok, plan.slots)
+    policy = make_policy(run.policy, geometry, seed=run.seed)
+    return ExpertCache(model.read_plans, reader, ReadQueue(reader), policy, plan.slots)
 
 
 def _open_reader(name: str, model: OpenedModel, check_reads: bool) -> ExpertReader:
