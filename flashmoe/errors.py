@@ -6,6 +6,7 @@
     ├── BudgetError      a RAM budget that cannot work
     ├── TokenizerError   tokenizer.json or the chat template
     ├── ContextError     more tokens than the context holds
+    ├── TraceError       a routing trace that cannot be used
     └── DemoModelError   the demo model cannot be built
 
 `storage.storage_errors.StorageError` is the tree of the package below; `cli.py` catches both.
@@ -38,3 +39,7 @@ class ContextError(FlashMoEError):
 
 class DemoModelError(FlashMoEError):
     """The demo model cannot be built: missing base weights, a full disk, a file that was changed."""
+
+
+class TraceError(FlashMoEError):
+    """A routing trace that is not one, or not the one that was asked for."""
