@@ -38,8 +38,8 @@ MAX_RATIO, RATIO_SLACK_BYTES = 1032, 1 << 16
 PIECE_BYTES = 1 << 20
 COMPRESSION = 4  # of zlib's 9: a trace's scores hardly get smaller with more
 
-# Plain numbers in this machine's order (every one we run on is little-endian), and texts of 1 to 999 letters.
-_DTYPE = re.compile(r"[<|=](?:b1|[iu]1)|[<=](?:[iu][248]|f[248]|U[1-9]\d{0,2})")
+# Plain little-endian numbers, as every machine that we run on has them, and texts of up to 9999 letters.
+_DTYPE = re.compile(r"[<|=](?:b1|[iu]1)|[<=](?:[iu][248]|f[248]|U[1-9]\d{0,3})")
 _ENTRY = re.compile(
     r"\s*+'(?P<key>\w{1,20}+)'\s*+:\s*+"
     r"(?:'(?P<text>[^'\\]*+)'|(?P<flag>True|False)|\((?P<shape>[\d,\s]*+)\))\s*+(?P<more>,?+)"
@@ -105,6 +105,8 @@ def _one_line(path: Path) -> Iterator[None]:
         raise TraceError(f"{path} is no whole .npz file: {error}; get it again") from error
     except OSError as error:
         raise TraceError(f"{path} cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise TraceError(f"{path} unpacks to more than the memory at hand") from error
     except (
         zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, ValueError, LookupError,
         OverflowError, AttributeError, TypeError, AssertionError,
@@ -157,7 +159,7 @@ def _read_member(path: Path, archive: zipfile.ZipFile, name: str, info: zipfile.
         if nbytes != there:
             raise TraceError(f"{where}: {dtype.str} {list(shape)} needs {nbytes} bytes, it holds {there}")
         array = np.empty(shape, dtype)
-        view = memoryview(array.reshape(-1).view(np.uint8))
+        view = array.reshape(-1).view(np.uint8).data
         at = 0
         while at < nbytes:
             piece = member.read(min(PIECE_BYTES, nbytes - at))
@@ -192,7 +194,7 @@ def _read_header(where: str, member: IO[bytes]) -> tuple[np.dtype[Any], tuple[in
     if not _DTYPE.fullmatch(descr):
         raise TraceError(
             f"{where} has dtype {quote(descr)}; only little-endian integers, floats, booleans and texts up"
-            " to 999 letters are read, and never pickled objects"
+            " to 9999 letters are read, and never pickled objects"
         )
     parts = [part.strip() for part in shape_text.split(",")]
     dimensions = parts[:-1] if parts[-1] == "" else parts
@@ -244,5 +246,5 @@ def _pieces(array: Array | StreamedArray) -> Iterator[Bytes]:
     if isinstance(array, StreamedArray):
         yield from array.pieces
         return
-    flat = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     yield from (flat[at : at + PIECE_BYTES] for at in range(0, len(flat), PIECE_BYTES))

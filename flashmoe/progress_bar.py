@@ -1,4 +1,4 @@
-"""A progress bar on stderr while weights are built or loaded."""
+"""A progress bar on stderr while weights are built or loaded, tokens run or traces are replayed."""
 
 import sys
 from collections.abc import Iterator
@@ -10,24 +10,31 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def progress_bar() -> "Iterator[Progress | None]":
-    """What to call with (what, bytes done, bytes in all); None where stderr is no terminal."""
+def progress_bar(counting: bool = False) -> "Iterator[Progress | None]":
+    """What to call with (what, bytes done, bytes in all), or with `counting` things instead of bytes, 0 in
+    all if that is not known; None where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
     )
+
+    amounts = (MofNCompleteColumn(), TimeRemainingColumn()) if counting else (
+        DownloadColumn(), TransferSpeedColumn()
+    )  # fmt: skip
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *amounts)
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None, visible=False)
 
         def advance(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total, visible=True)
+            bar.update(task, description=what, completed=done, total=total or None, visible=True)
 
         yield advance
