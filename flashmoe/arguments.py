@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import flashmoe
 
 if TYPE_CHECKING:
+    from flashmoe.compare import Capacity
+
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 LARGEST_COUNT = 10_000_000
@@ -38,6 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_bench(commands)
     _add_pack(commands)
+    _add_trace(commands)
+    _add_compare(commands)
     return parser
 
 
@@ -119,6 +123,70 @@ def _add_pack(commands: "Commands") -> None:
     add("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
 
 
+def _add_trace(commands: "Commands") -> None:
+    parser = _add_command(commands, "trace", "record which experts a model routes a text to")
+    add = parser.add_argument
+    add(
+        "--text",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help='text to run through; .jsonl: a "text" a line, or "turns" or a "prompt" that the model answers,'
+        ' each with a "domain", "category" or "dataset"',
+    )
+    add("--output", type=Path, required=True, metavar="FILE", help="trace to write, .npz")
+    add("--max-tokens", type=_count, metavar="N", help="end after N tokens, of all domains alike")
+    add(
+        "--tokens-per-sequence",
+        type=_count,
+        default=512,
+        metavar="N",
+        help="texts are cut into sequences so long, each on its own (default: 512)",
+    )
+    add("--generate", type=_count, default=128, metavar="N", help="tokens of an answer (default: 128)")
+    add(
+        "--prefill",
+        action="store_true",
+        help="run texts in chunks; without it each token alone, which is how a model decodes",
+    )
+    _add_running_options(parser)
+
+
+def _add_compare(commands: "Commands") -> None:
+    parser = _add_command(commands, "compare", "compare cache policies on traces, or live on a model")
+    add = parser.add_argument
+    add(
+        "--policies",
+        type=_names,
+        metavar="NAME,NAME",
+        help="which to compare (default: all on traces, lru,lfu,lfru live)",
+    )
+    add("--seed", type=_whole, default=0, metavar="N", help="for policies that draw lots (default: 0)")
+    add("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
+    add = parser.add_argument_group("on traces", "recorded by flashmoe trace, or anyone's .npz").add_argument
+    add("--trace", type=Path, nargs="+", metavar="FILE", help="traces to replay")
+    add(
+        "--capacity",
+        type=_capacities,
+        metavar="N,P%",
+        help="experts of a layer in memory, as counts or shares (default: 10%%,20%%,40%%,60%%)",
+    )
+    add(
+        "--scope",
+        choices=("layer", "global", "both"),
+        help="slots of each layer, or as many in all, shared by the layers (default: layer)",
+    )
+    add("--holdout", type=_names, metavar="NAME,NAME", help="only the sequences of these data sets")
+    add("--plot", type=Path, metavar="FILE", help="draw hit rates and gaps, .png or .svg")
+    add("--jobs", type=_count, metavar="N", help="replays side by side (default: one a core)")
+    add = parser.add_argument_group("live").add_argument
+    add("--prompts", type=Path, metavar="FILE", help="prompts that --model answers, as trace takes them")
+    add("--generate", type=_count, metavar="N", help="tokens of an answer (default: 64)")
+    add("--max-tokens", type=_count, metavar="N", help="end a round after N tokens")
+    add("--repeat", type=_count, metavar="N", help="rounds, every policy once in each (default: 5)")
+    _add_running_options(parser, policy=False)
+
+
 def _add_command(commands: "Commands", name: str, summary: str) -> argparse.ArgumentParser:
     """A command that runs a model, with the options that all of these have."""
     parser = _add_bare_command(commands, name, summary)
@@ -148,15 +216,16 @@ def _add_bare_command(commands: "Commands", name: str, summary: str) -> argparse
     return parser
 
 
-def _add_running_options(parser: argparse.ArgumentParser) -> None:
+def _add_running_options(parser: argparse.ArgumentParser, policy: bool = True) -> None:
     add = parser.add_argument
-    add(
-        "--policy",
-        choices=_PolicyNames(),
-        default="lfru",
-        metavar="NAME",
-        help="which expert leaves when another needs its slot: %(choices)s (default: lfru)",
-    )
+    if policy:
+        add(
+            "--policy",
+            choices=_PolicyNames(),
+            default="lfru",
+            metavar="NAME",
+            help="which expert leaves when another needs its slot: %(choices)s (default: lfru)",
+        )
     add(
         "--reader",
         choices=("auto", "direct", "buffered", "mmap"),
@@ -190,3 +259,35 @@ def _count(value: str) -> int:
 def _counts(value: str) -> list[int]:
     """`128` or `128,512`"""
     return [_count(part) for part in value.split(",")]
+
+
+def _whole(value: str) -> int:
+    return 0 if value == "0" else _count(value)
+
+
+def _names(value: str) -> list[str]:
+    """`lru,lfu`"""
+    names = [_text(name.strip()) for name in value.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{value!r} has an empty name; separate names by single commas")
+    return list(dict.fromkeys(names))
+
+
+def _capacities(value: str) -> list["Capacity"]:
+    """`10%,8`"""
+    from flashmoe.compare import Capacity
+
+    capacities = []
+    for part in value.split(","):
+        text = part.strip().removesuffix("%")
+        is_share = part.strip() != text
+        digits = text.replace(".", "", 1) if is_share else text
+        if not (digits.isascii() and digits.isdigit() and len(digits) < 8):
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is neither a count of experts nor a share such as 25%"
+            )
+        amount = float(text) / 100 if is_share else float(text)
+        if amount <= 0 or (is_share and amount > 1):
+            raise argparse.ArgumentTypeError(f"{part!r} is not a share of up to 100%, or a count from 1")
+        capacities.append(Capacity(amount, is_share))
+    return capacities

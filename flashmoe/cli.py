@@ -1,4 +1,5 @@
-"""The commands: `flashmoe run`, `plan`, `bench` and `pack`. The only place that turns errors into exit codes.
+"""The commands: `flashmoe run`, `plan`, `bench`, `pack`, `trace` and `compare`. The only place
+that turns errors into exit codes.
 
 0: done. 1: a FlashMoEError or StorageError, as one line on stderr. 2: wrong usage. 130: Ctrl-C. 141: whoever
 read our output has gone. Anything else is a bug and keeps its traceback. Heavy imports come after parsing.
@@ -22,12 +23,16 @@ from storage.storage_errors import StorageError
 if TYPE_CHECKING:
     from flashmoe.api import LLM
     from flashmoe.budget import BudgetPlan
+    from flashmoe.documents import Document
     from flashmoe.loader import OpenedModel
     from flashmoe.pack import PackReport
     from flashmoe.stats_file import StatsFile
 
 EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 128 + 2, 128 + 13  # as a shell reports SIGINT and SIGPIPE
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "max_tokens")
+# Options of `compare` that say nothing without --trace, or without --prompts.
+ON_TRACES = ("capacity", "scope", "holdout", "plot", "jobs")
+LIVE = ("model", "context", "generate", "max_tokens", "repeat")
 FULL = "--context N holds more"
 
 
@@ -61,36 +66,19 @@ def _run_command(arguments: argparse.Namespace) -> int:
 def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Chat in the terminal, or answer one prompt."""
     _check_run_usage(arguments)
-    from flashmoe.api import LLM
-    from flashmoe.model_source import find_model
-    from flashmoe.progress_bar import progress_bar
     from flashmoe.sampler import SamplingParams
     from flashmoe.stats_file import StatsFile
 
     sampling = {name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None}
     SamplingParams.from_generation_config({}, **sampling)  # a bad value should not wait for the model to load
     prompt = _read_prompt(arguments)
-    with StatsFile(arguments.stats_json, arguments.per_token) as stats_file:
-        with progress_bar() as progress:
-            folder = find_model(arguments.model, progress)
-        with progress_bar() as progress:
-            llm = LLM(
-                folder,
-                ram_budget=arguments.ram_budget,
-                policy=arguments.policy,
-                reader=arguments.reader,
-                context=arguments.context,
-                threads=arguments.threads,
-                exact_activations=arguments.exact_activations,
-                check_reads=arguments.check_reads,
-                progress=progress,
-                on_plan=partial(_show_plan, screen=screen),
-            )
-        with llm:
-            _show_probe(llm, screen, arguments.verbose)
-            if prompt is None:
-                return _chat(arguments, screen, llm, sampling, stats_file)
-            return _answer(arguments, screen, llm, prompt, sampling, stats_file)
+    with (
+        StatsFile(arguments.stats_json, arguments.per_token) as stats_file,
+        _load_llm(arguments, screen, arguments.policy) as llm,
+    ):
+        if prompt is None:
+            return _chat(arguments, screen, llm, sampling, stats_file)
+        return _answer(arguments, screen, llm, prompt, sampling, stats_file)
 
 
 def plan(arguments: argparse.Namespace, screen: Screen) -> int:
@@ -207,15 +195,140 @@ def pack(arguments: argparse.Namespace, screen: Screen) -> int:
     return 0
 
 
+def trace(arguments: argparse.Namespace, screen: Screen) -> int:
+    """Record a routing trace. What had run when Ctrl-C came is kept."""
+    from flashmoe.documents import read_documents
+    from flashmoe.progress_bar import progress_bar
+    from flashmoe.record import RecordOptions, record, recorder_for
+
+    documents = read_documents(arguments.text)
+    if not arguments.output.absolute().parent.is_dir():
+        raise ConfigError(f"no folder {arguments.output.parent} to write {arguments.output.name} to")
+    options = RecordOptions(
+        arguments.max_tokens, arguments.tokens_per_sequence, arguments.generate, arguments.prefill
+    )
+    only_texts = not any(document.turns for document in documents)
+    if arguments.context is None and only_texts:  # what a text does not need goes to the experts
+        arguments.context = max(16, arguments.tokens_per_sequence)
+    interrupted = False
+    with _load_llm(arguments, screen, arguments.policy) as llm:
+        recorder = recorder_for(llm, _model_name(arguments.model), arguments.output.absolute().parent)
+        try:
+            with progress_bar(counting=True) as progress:
+                recorded = record(llm, documents, options, recorder, progress)
+            if recorded.too_long:
+                screen.say(f"{recorded.too_long} conversations ended where the context did; {FULL}")
+        except KeyboardInterrupt:
+            interrupted = True
+            if not len(recorder):
+                return EXIT_INTERRUPTED
+        recorder.save(arguments.output)
+        recorder.close()
+    size = arguments.output.stat().st_size
+    end = "interrupted; " if interrupted else ""
+    screen.say(
+        f"{end}{arguments.output}: {len(recorder)} tokens in {recorder.sequences} sequences,"
+        f" {recorder.layers} layers of {recorder.num_experts} experts, {size / 1e6:.1f} MB"
+    )
+    return EXIT_INTERRUPTED if interrupted else 0
+
+
+def compare(arguments: argparse.Namespace, screen: Screen) -> int:
+    """Compare policies on traces, or live. The table goes to stdout, or to stderr when stdout is for JSON."""
+    _check_compare_usage(arguments)
+    show = screen.say if arguments.json else lambda lines: screen.write(lines + "\n")
+    return _compare_live(arguments, screen, show) if arguments.prompts else _replay(arguments, screen, show)
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace, Screen], int]] = {
     "run": run,
     "plan": plan,
     "bench": bench,
     "pack": pack,
+    "trace": trace,
+    "compare": compare,
 }
 
 
 # Parts of the commands
+
+
+def _replay(arguments: argparse.Namespace, screen: Screen, show: Callable[[str], None]) -> int:
+    from flashmoe.compare import COLUMNS, COMPARED_NAMES, SCOPES, Capacity, compare
+    from flashmoe.progress_bar import progress_bar
+
+    policies = arguments.policies or list(COMPARED_NAMES)
+    capacities = arguments.capacity or [Capacity(share, True) for share in (0.1, 0.2, 0.4, 0.6)]
+    scopes = SCOPES if arguments.scope == "both" else (arguments.scope or "layer",)
+    with progress_bar(counting=True) as progress:
+        compared = compare(
+            arguments.trace,
+            policies,
+            capacities,
+            scopes,
+            arguments.holdout or (),
+            arguments.seed,
+            arguments.jobs,
+            progress,
+        )
+    for note in compared.notes:
+        screen.say(note)
+    rows = compared.of(policies)
+    show(_table([COLUMNS, *(row.cells() for row in rows)], " | "))
+    if arguments.json:
+        screen.write(json.dumps({"rows": [row.as_dict() for row in rows]}) + "\n")
+    if arguments.plot is not None:
+        from flashmoe.policy_plot import panels_of, write_plot
+
+        write_plot(arguments.plot, panels_of(compared.rows, policies))
+        screen.remark(f"plot: {arguments.plot}")
+    return 0
+
+
+def _compare_live(arguments: argparse.Namespace, screen: Screen, show: Callable[[str], None]) -> int:
+    from flashmoe.compare_live import LiveOptions, compare_live
+    from flashmoe.documents import read_documents
+
+    documents: list[Document] = read_documents(arguments.prompts)
+    policies = arguments.policies or ["lru", "lfu", "lfru"]
+    options = LiveOptions(arguments.generate or 64, arguments.max_tokens, arguments.repeat or 5)
+    with _load_llm(arguments, screen, policies[0], arguments.seed) as llm:
+        compared = compare_live(llm, documents, policies, options, screen.remark)
+    show(_table(compared.table(), " | "))
+    show(
+        f"{compared.prompts} prompts, {compared.tokens} tokens, the same under every policy; medians of"
+        f" {options.repeat} interleaved rounds, each from empty slots"
+    )
+    if compared.too_long:
+        screen.say(f"{compared.too_long} conversations ended where the context did; {FULL}")
+    if arguments.json:
+        screen.write(json.dumps({"model": _model_name(arguments.model), **compared.as_dict()}) + "\n")
+    return 0
+
+
+def _load_llm(arguments: argparse.Namespace, screen: Screen, policy: str, seed: int = 0) -> "LLM":
+    from flashmoe.api import LLM
+    from flashmoe.model_source import find_model
+    from flashmoe.progress_bar import progress_bar
+
+    with progress_bar() as progress:
+        folder = find_model(arguments.model, progress)
+    with progress_bar() as progress:
+        llm = LLM(
+            folder,
+            ram_budget=arguments.ram_budget,
+            policy=policy,
+            reader=arguments.reader,
+            context=arguments.context,
+            threads=arguments.threads,
+            seed=seed,
+            exact_activations=arguments.exact_activations,
+            check_reads=arguments.check_reads,
+            progress=progress,
+            on_plan=partial(_show_plan, screen=screen),
+        )
+    _show_probe(llm, screen, arguments.verbose)
+    return llm
 
 
 def _chat(
@@ -340,6 +453,28 @@ def _check_pack_usage(arguments: argparse.Namespace) -> None:
         parser.error("--calibration weighs the errors of int4 and int8; --format bf16 has none")
     elif arguments.output is None:
         parser.error("give --output DIR, the folder to make, or --verify DIR, the one to check")
+
+
+def _check_compare_usage(arguments: argparse.Namespace) -> None:
+    """Traces or a model, each with its own options: exits with 2 otherwise."""
+    from cache_policies.registry import POLICY_NAMES
+    from flashmoe.compare import COMPARED_NAMES
+    from flashmoe.policy_plot import SUFFIXES
+
+    parser: argparse.ArgumentParser = arguments.parser
+    if (arguments.trace is None) == (arguments.prompts is None):
+        parser.error("give either --trace FILE, to replay, or --prompts FILE, to answer them with a model")
+    known: tuple[str, ...] = POLICY_NAMES if arguments.trace is None else COMPARED_NAMES
+    misplaced = ON_TRACES if arguments.trace is None else LIVE
+    for name in misplaced:
+        if getattr(arguments, name) is not None:
+            goes_with = "--trace" if misplaced is ON_TRACES else "--prompts"
+            parser.error(f"--{name.replace('_', '-')} belongs to {goes_with} FILE")
+    for name in arguments.policies or ():
+        if name.partition(":")[0] not in known:
+            parser.error(f"--policies: unknown policy {name!r}; known are {', '.join(known)}")
+    if arguments.plot is not None and arguments.plot.suffix.lower() not in SUFFIXES:
+        parser.error(f"--plot {arguments.plot} should end in {' or '.join(SUFFIXES)}")
 
 
 def _check_run_usage(arguments: argparse.Namespace) -> None:

@@ -18,6 +18,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 STYLES = ("-", "--", ":")
 MARKERS = "osD^vPX*<>phd"
 CEILING_COLOUR = "#000000"
+# Where there is hardly a gap, what is a little worse than LRU lies far below it, and would flatten the rest.
+LOWEST_GAP = -60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,9 @@ def write_plot(path: Path, panels: Sequence[Panels]) -> None:
             ]
             if points and series.policy != FLOOR:
                 right.plot(*zip(*points, strict=True), markersize=5, **look)
+        if right.get_ylim()[0] < LOWEST_GAP:
+            right.set_ylim(LOWEST_GAP, 107)
+            right.text(0.01, 0.02, f"cut off at {LOWEST_GAP:.0f} %", transform=right.transAxes, fontsize=8)
         left.set_ylabel("hits, %")
         right.set_ylabel("of the gap, %")
         for axis in (left, right):

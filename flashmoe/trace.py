@@ -249,6 +249,11 @@ class TraceRecorder:
         """Tokens so far."""
         return len(self._tokens)
 
+    @property
+    def sequences(self) -> int:
+        """Those that have a token."""
+        return sum(start < len(self) for start, _ in self._starts)
+
     def begin_sequence(self, dataset: str) -> None:
         """What comes now has nothing to do with what came before."""
         if self._starts and self._starts[-1][0] == len(self):
