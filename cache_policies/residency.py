@@ -5,7 +5,7 @@ and never a victim of its own. Which experts leave is decided when the event beg
 order in which reads finish; so a recorded run, replayed, gives the same hits to the last one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from cache_policies.policy import CachePolicy, ExpertId, Geometry
@@ -75,8 +75,8 @@ class Residency:
         for expert in routed:
             key = (layer, expert)
             if key in pool:
-                del pool[key]
                 held[key] = None
+                del pool[key]
             else:
                 missing.append(key)
         if not missing:
@@ -139,11 +139,17 @@ class Residency:
             self.held[key] = None
         return ChunkPlan(victims, hits, frozenset(leaving), passing, staying)
 
-    def chunk_served(self, plan: ChunkPlan) -> None:
-        """All of a chunk's experts have been served: what stays is resident, the rest has left."""
+    def chunk_served(self, plan: ChunkPlan, lost: Collection[ExpertId] = ()) -> None:
+        """A chunk's experts have been served: what stays is resident, the rest has left.
+
+        `lost`: those that were to stay, and could not be read.
+        """
+        if lost:
+            self.policy.victims(lost, len(lost))
         for key in plan.staying:
-            self.held[key] = None
-            self._of_layer[key[0]].add(key)
+            if key not in lost:
+                self.held[key] = None
+                self._of_layer[key[0]].add(key)
         for key in plan.leaving:
             self._remove(key)
         self.settle()

@@ -8,9 +8,12 @@ tokens, D hidden, d head size, E experts, K experts per token, V vocabulary.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from cache_policies.replay import serving_order
 from flashmoe.config import ModelConfig
 from flashmoe.expert_cache import ExpertCache
 from flashmoe.kv_cache import KVCache
@@ -89,7 +92,7 @@ class Decoder:
         for index in range(self.config.num_hidden_layers):
             if check is not None:
                 check()
-            self._layer(index, x, buffers, position)
+            self._layer(index, x, buffers, position, token_ids)
         self.kv_cache.advance(tokens)
         if self.observer is not None:
             self.observer.forward_ends()
@@ -105,9 +108,13 @@ class Decoder:
     def run_layer(self, index: int, x: Tensor) -> None:
         """One layer alone for a text's first T tokens, x [T, D] in place; keys and values are overwritten."""
         assert self.kv_cache.length == 0
-        self._layer(index, x, _Buffers.of(self.config, len(x)), (*self._rotary.addresses(0), 0, len(x)))
+        position = (*self._rotary.addresses(0), 0, len(x))
+        self._layer(index, x, _Buffers.of(self.config, len(x)), position, [-1] * len(x))
 
-    def _layer(self, index: int, x: Tensor, buffers: "_Buffers", position: tuple[int, int, int, int]) -> None:
+    def _layer(
+        self, index: int, x: Tensor, buffers: "_Buffers", position: tuple[int, int, int, int],
+        token_ids: Sequence[int],
+    ) -> None:  # fmt: skip
         """x [T, D] += attention, then += feed-forward."""
         native, layer = self._layers[index], self._weights.layers[index]
         if native.router is None:
@@ -122,12 +129,13 @@ class Decoder:
         self.expert_ffn.begin(buffers.h)
         if len(x) == 1:
             ids, weights = buffers.ids[0].tolist(), buffers.weights[0].tolist()
-            for batch in self.experts.fetch(index, ids, weights):
+            for batch in self.experts.fetch(index, ids, weights, buffers.scores[0], token_ids[0]):
                 self.expert_ffn.add_to_one_token(batch)
         else:  # grouped by expert, so that each is read at most once
-            self.experts.observe(index, buffers.ids.tolist(), buffers.weights.tolist())
+            ids, weights = buffers.ids.tolist(), buffers.weights.tolist()
+            self.experts.observe(index, ids, weights, buffers.scores, token_ids)
             routing = Routing(buffers.ids)
-            for expert, addresses in self.experts.stream(index, routing.experts):
+            for expert, addresses in self.experts.stream(index, serving_order(buffers.ids.numpy())):
                 self.expert_ffn.add(routing, expert, addresses)
         self.expert_ffn.end(buffers.weights, x)
         if layer.shared_gate is not None:
@@ -199,6 +207,7 @@ class _Buffers(NamedTuple):
     probabilities: Tensor  # [T, E]
     ids: Tensor  # [T, K] int32
     weights: Tensor  # [T, K]
+    scores: NDArray[np.float32]  # the probabilities' memory
     addresses: tuple[int, int, int, int]
 
     @classmethod
@@ -208,7 +217,7 @@ class _Buffers(NamedTuple):
         ids = torch.empty(tokens, config.num_experts_per_tok, dtype=torch.int32)
         weights = torch.empty(tokens, config.num_experts_per_tok)
         addresses = (h.data_ptr(), probabilities.data_ptr(), ids.data_ptr(), weights.data_ptr())
-        return cls(h, probabilities, ids, weights, addresses)
+        return cls(h, probabilities, ids, weights, probabilities.numpy(), addresses)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -1,8 +1,10 @@
 """The expert cache: where policy, storage and memory meet.
 
 A fixed number of equal slots holds whole experts. An event (one layer of one step) asks for its experts;
-resident ones are served at once while the others are read, and those are served as they arrive. What an event
-needs is never a victim of the same event. Knows nothing about tokens, attention or the arithmetic of experts.
+resident ones are served at once while the others are read, and those are served as they arrive. Who is
+resident, who comes and who leaves is decided in `cache_policies/residency.py`, in ids alone and whatever the
+order in which reads finish; here are slots, addresses and reads. Knows nothing about tokens, attention
+or the arithmetic of experts.
 """
 
 import ctypes
@@ -12,19 +14,20 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from cache_policies.policy import CachePolicy
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_policies.policy import CachePolicy, Geometry
+from cache_policies.residency import ChunkPlan, Residency
 from flashmoe.weights import ExpertId
 from kernels.expert_ffn import Addresses
 from storage.expert_reader import ExpertReader, ReadPlan
 from storage.host import allocate_aligned
 from storage.read_queue import Completion, ReadQueue
 
-# Slots that a prefill layer above its share may take from other layers to keep reads under way: few, and
-# never more than a sixteenth of all.
-PREFILL_READS_AHEAD = 4
-# After a Ctrl-C in the instant between noting a read and asking for it, or taking it: no drive takes this
-# long.
-LOST_READ_S = 60.0
+# How often to look whether a read that is waited for exists: a Ctrl-C may have come in the instant between
+# noting it and asking for it, or taking it.
+LOST_READ_S = 1.0
 
 
 @dataclass(slots=True)
@@ -44,14 +47,26 @@ class CacheCounters:
         return CacheCounters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Resident:
     slot: int
     addresses: Addresses
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Read:
+    """One read asked for: the expert, and the slot that its bytes go to."""
+
+    key: ExpertId
+    slot: int
+
+
 class ExpertCache:
-    """`slots` experts in memory, the rest on the drive. Not thread-safe; one computation at a time."""
+    """Experts in memory, the rest on the drive. Not thread-safe; one computation at a time.
+
+    `plans` and the methods name layers as the model does. Policy, residency and everything inside count
+    only the layers that have experts.
+    """
 
     def __init__(
         self,
@@ -59,114 +74,134 @@ class ExpertCache:
         reader: ExpertReader,
         reads: ReadQueue,
         policy: CachePolicy,
-        slots: int,
+        geometry: Geometry,
+        spare: int = 0,
     ) -> None:
-        self.slots, self.policy, self.counters = slots, policy, CacheCounters()
-        self._plans = plans
+        """`spare`: slots beyond the policy's capacity, through which a prefill's experts pass."""
+        self.policy, self.counters = policy, CacheCounters()
+        self._residency = Residency(policy, geometry, spare)
+        self.slots = self._residency.slots + spare
+        self._ordinals = {layer: i for i, layer in enumerate(sorted({layer for layer, _ in plans}))}
+        self._plans = {(self._ordinals[layer], expert): plan for (layer, expert), plan in plans.items()}
         self._reader, self._reads = reader, reads
-        self._buffers = _slot_buffers(slots, max(p.slot_bytes for p in plans.values()), reader.in_place)
-        self._free = list(range(slots - 1, -1, -1))
-        self._evictable: dict[ExpertId, _Resident] = {}
-        self._held: dict[ExpertId, _Resident] = {}  # residents that the current event needs
-        self._in_flight: dict[ExpertId, int] = {}  # expert -> slot that its bytes go to
-        self._layer_keys: dict[int, list[ExpertId]] = {}
-        for key in plans:
-            self._layer_keys.setdefault(key[0], []).append(key)
-        self._layer_residents = dict.fromkeys(self._layer_keys, 0)
-        self._prefill_reads_ahead = max(1, min(PREFILL_READS_AHEAD, slots // 16))
+        self._buffers = _slot_buffers(self.slots, max(p.slot_bytes for p in plans.values()), reader.in_place)
+        self._free = list(range(self.slots - 1, -1, -1))
+        self._residents: dict[ExpertId, _Resident] = {}
+        self._in_flight: dict[ExpertId, _Read] = {}
+        self._chunk: ChunkPlan | None = None  # of the prefill event that goes on
+        self._event = 0  # counts up: a generator left over from an earlier event must not end a later one
         self._done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
 
     @property
     def resident(self) -> frozenset[ExpertId]:
-        """The experts in memory."""
-        return frozenset(self._evictable) | frozenset(self._held)
+        """The experts in memory; layers are counted among those with experts."""
+        return self._residency.residents
 
     def fetch(
-        self, layer: int, routed: Sequence[int], weights: Sequence[float]
+        self,
+        layer: int,
+        routed: Sequence[int],
+        weights: Sequence[float],
+        scores: Sequence[float] | None = None,
+        token: int = -1,
     ) -> Iterator[list[tuple[int, Addresses]]]:
-        """One decode event: yield batches of (place in `routed`, the expert's addresses), the hits first,
-        then whatever reads have finished.
+        """One decode event: ask for what is missing, and return an iterator of batches of (place in
+        `routed`, the expert's addresses), the hits first, then whatever reads have finished.
 
-        The addresses are valid until the next batch is asked for. Raises ReadError when the drive fails; the
-        cache stays usable.
+        What the policy is told is as in `CachePolicy.step`. The addresses are valid until the next batch is
+        asked for. Raises ReadError when the drive fails; the cache stays usable.
         """
-        self._settle()
-        self.policy.step(layer, routed, weights)
-        hits: list[tuple[int, Addresses]] = []
-        missing: dict[ExpertId, int] = {}  # -> place in `routed`
-        for place, expert in enumerate(routed):
-            key = (layer, expert)
-            resident = self._evictable.pop(key, None)
-            if resident is None:
-                missing[key] = place
-            else:
-                self._held[key] = resident
-                hits.append((place, resident.addresses))
-        self.counters.hits += len(hits)
+        self._end_event()
+        ordinal = self._ordinals[layer]
+        missing, victims = self._residency.begin(ordinal, routed, weights, scores, token)
+        self.counters.hits += len(routed) - len(missing)
         self.counters.misses += len(missing)
+        for key in victims:
+            self._drop(key)
+        for key in missing:
+            self._submit(key)
+        return self._batches(ordinal, routed, self._event)
+
+    def _batches(
+        self, layer: int, routed: Sequence[int], event: int
+    ) -> Iterator[list[tuple[int, Addresses]]]:
+        places: dict[ExpertId, int] = {}  # of those that are being read
+        hits: list[tuple[int, Addresses]] = []
+        for place, expert in enumerate(routed):
+            resident = self._residents.get((layer, expert))
+            if resident is None:
+                places[layer, expert] = place
+            else:
+                hits.append((place, resident.addresses))
         try:
-            if missing:
-                self._make_room(len(missing))
-                for key in missing:
-                    self._submit(key)
             if hits:
                 yield hits
             while self._in_flight:
-                arrived = [self._arrival()]
-                while (completion := self._arrived_already()) is not None:
-                    arrived.append(self._take(completion))
-                yield [(missing[key], self._held[key].addresses) for key in arrived]
+                batch: list[tuple[int, Addresses]] = []
+                completion: Completion | None = self._arrival()
+                while completion is not None:
+                    key = self._take(completion)
+                    self._residency.arrived(key)
+                    batch.append((places[key], self._residents[key].addresses))
+                    completion = self._arrived_already()
+                yield batch
         finally:
-            self._settle()
+            if event == self._event:
+                self._end_event()
 
     def observe(
-        self, layer: int, routed: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]
+        self,
+        layer: int,
+        routed: Sequence[Sequence[int]],
+        weights: Sequence[Sequence[float]],
+        scores: NDArray[np.float32] | None = None,
+        tokens: Sequence[int] | None = None,
     ) -> None:
-        """Show the policy the tokens of a prefill chunk, in order: routed and weights are [T, K]."""
-        for ids, w in zip(routed, weights, strict=True):
-            self.policy.step(layer, ids, w)
+        """Show the policy the tokens of a prefill chunk, in order: routed and weights are [T, K], scores
+        [T, E], tokens [T]."""
+        ordinal = self._ordinals[layer]
+        for i, (ids, w) in enumerate(zip(routed, weights, strict=True)):
+            self.policy.step(
+                ordinal, ids, w, None if scores is None else scores[i], -1 if tokens is None else tokens[i]
+            )
 
     def stream(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Addresses]]:
         """One prefill event: yield every expert of a chunk once, with its addresses, reading ahead.
 
-        `experts`: each once, those that the chunk's last tokens use at the end. These stay; the others pass
-        through slots of this same layer, so that a long prompt does not wash out what decoding will need
-        elsewhere. The layer ends with its share of the slots, or what it had before if that was more.
+        `experts`: each once, in `serving_order`. Which of them stay, the policy has decided before the first
+        is read; the others pass through few slots, so that a long prompt does not wash out what decoding
+        will need elsewhere. Raises ReadError when the drive fails; the cache stays usable.
         """
-        self._settle()
-        share = max(self.slots // len(self._layer_residents), self._layer_residents[layer])
-        keep = {(layer, expert) for expert in experts[max(0, len(experts) - share) :]}
-        keys = [(layer, expert) for expert in experts]
-        ready = deque(key for key in keys if key in self._evictable)
-        pending = deque(key for key in keys if key not in self._evictable)
-        for key in ready:
-            self._held[key] = self._evictable.pop(key)
-        self.counters.hits += len(ready)
-        self.counters.misses += len(pending)
-        kept: list[ExpertId] = []  # served and to stay: held until the end
-        spare = {key for key in self._layer_keys[layer] if key in self._evictable}  # of this layer, may go
+        self._end_event()
+        event = self._event
+        plan = self._chunk = self._residency.begin_chunk(self._ordinals[layer], experts)
+        self.counters.hits += len(plan.hits)
+        self.counters.misses += len(plan.passing) + len(plan.staying)
+        pending = deque([*plan.passing, *plan.staying])
+        passing = set(plan.passing)
         try:
-            while ready or pending or self._in_flight:
-                while pending and self._room_for_stream(layer, share, spare, [] if ready else kept):
-                    self._submit(pending.popleft())
-                key = ready.popleft() if ready else self._arrival()
-                yield key[1], self._held[key].addresses
-                if key in keep:
-                    kept.append(key)
-                else:
-                    self._evictable[key] = self._held.pop(key)
-                    spare.add(key)
-            surplus = min(self._layer_residents[layer] - share, len(spare))
-            for victim in self.policy.victims(spare, surplus) if surplus > 0 else ():
-                self._evict(victim)
+            for key in plan.victims:
+                self._drop(key)
+            for key in plan.hits:
+                self._read_ahead(pending)
+                yield key[1], self._residents[key].addresses
+                if key in plan.leaving:
+                    self._drop(key)
+            while pending or self._in_flight:
+                self._read_ahead(pending)
+                key = self._take(self._arrival())
+                yield key[1], self._residents[key].addresses
+                if key in passing:
+                    self._drop(key)
         finally:
-            self._settle()
+            if event == self._event:
+                self._end_event()
 
     def evict_all(self) -> None:
         """Empty every slot, for a cold start; the policy keeps what it learnt."""
-        self._settle()
-        for key in self.policy.victims(self._evictable.keys(), len(self._evictable)):
-            self._evict(key)
+        self._end_event()
+        for key in self._residency.evict_all():
+            self._drop(key)
 
     def close(self) -> None:
         """Stop reading and give the memory back."""
@@ -175,98 +210,99 @@ class ExpertCache:
         self._buffers.clear()
         self._reader.close()
 
-    def _room_for_stream(self, layer: int, share: int, spare: set[ExpertId], kept: list[ExpertId]) -> bool:
-        """See that a slot is free for the next read of a prefill layer; False: not before another expert is
-        served.
-
-        A layer below its share takes slots from anywhere. Above, it reuses its own `spare` ones, and takes a
-        few more from others only to keep reads under way. `kept` is given up when there is no other way on.
-        """
-        if self._free:
-            return True
-        below_share = self._layer_residents[layer] + len(self._in_flight) < share
-        if spare and not below_share:
-            victim = self.policy.victims(spare, 1)[0]
-            spare.discard(victim)
-            self._evict(victim)
-        elif self._evictable and (below_share or len(self._in_flight) < self._prefill_reads_ahead):
-            self._make_room(1)
-            spare.intersection_update(self._evictable)
-        elif kept and not self._in_flight:  # a budget of a few slots
-            key = kept.pop(0)
-            self._evictable[key] = self._held.pop(key)
-            self._evict(*self.policy.victims([key], 1))
-        return bool(self._free)
-
-    def _make_room(self, slots: int) -> None:
-        """Evict until `slots` are free. What the current event needs is held, so it cannot be chosen."""
-        lacking = slots - len(self._free)
-        if lacking > 0:
-            for victim in self.policy.victims(self._evictable.keys(), lacking):
-                self._evict(victim)
-
-    def _evict(self, key: ExpertId) -> None:
-        slot = self._evictable.pop(key).slot
-        self._layer_residents[key[0]] -= 1
-        self._reader.release(self._plans[key])
-        self._free.append(slot)
+    def _read_ahead(self, pending: deque[ExpertId]) -> None:
+        while pending and self._free:
+            self._submit(pending.popleft())
 
     def _submit(self, key: ExpertId) -> None:
-        slot = self._free.pop()
-        self._in_flight[key] = slot
-        self._reads.submit(key, self._plans[key], self._buffers[slot], self._done)
+        self._drop(key)  # there only if a Ctrl-C came between the decision that it goes and the deed
+        if not self._free:
+            for resident in [k for k in self._residents if k not in self._residency]:
+                self._drop(resident)  # as above
+        read = _Read(key, self._free.pop())
+        self._in_flight[key] = read
+        self._reads.submit(read, self._plans[key], self._buffers[read.slot], self._done)
 
-    def _arrival(self) -> ExpertId:
-        """Wait for the next read; its expert becomes resident and held."""
+    def _drop(self, key: ExpertId) -> None:
+        """Give the slot back, if the expert has one."""
+        resident = self._residents.pop(key, None)
+        if resident is not None:
+            self._reader.release(self._plans[key])
+            self._free.append(resident.slot)
+
+    def _arrival(self) -> Completion:
+        """Wait for the next read."""
+        assert self._in_flight, "no slot is free for what must come"
         begin = time.perf_counter()
         completion = self._done.get()
-        while completion.tag not in self._in_flight:  # a read that `_settle` had given up
+        while not self._is_awaited(completion):
             completion = self._done.get()
         self.counters.stall_s += time.perf_counter() - begin
-        return self._take(completion)
+        return completion
 
     def _arrived_already(self) -> Completion | None:
         """A read of this event that has finished meanwhile, if there is one."""
         try:
             while True:
                 completion = self._done.get_nowait()
-                if completion.tag in self._in_flight:
+                if self._is_awaited(completion):
                     return completion
         except queue.Empty:
             return None
 
+    def _is_awaited(self, completion: Completion) -> bool:
+        """Not a read that `_settle` had given up."""
+        return self._in_flight.get(completion.tag.key) is completion.tag
+
     def _take(self, completion: Completion) -> ExpertId:
-        key: ExpertId = completion.tag
-        slot = self._in_flight.pop(key)
+        """An expert is in its slot now. Raises the error of a read that failed."""
+        read: _Read = completion.tag
+        del self._in_flight[read.key]
         self.counters.bytes_read += completion.read_bytes
         self.counters.read_s = self._reads.busy_s
         if completion.views is None:
-            self._free.append(slot)
+            self._free.append(read.slot)
             assert completion.error is not None
             raise completion.error
-        self._held[key] = _Resident(slot, _addresses(completion.views))
-        self._layer_residents[key[0]] += 1
-        self.policy.inserted(key)
-        return key
+        self._residents[read.key] = _Resident(read.slot, _addresses(completion.views))
+        return read.key
 
-    def _settle(self) -> None:
-        """End an event, also one that an error or Ctrl-C cut short: no read in flight, nothing held."""
+    def _end_event(self) -> None:
+        """No read in flight, nothing held; also after an event that an error or Ctrl-C cut short."""
+        arrived: list[ExpertId] = []
+        interrupt = self._await_reads(arrived) if self._in_flight else None
+        self._event += 1
+        chunk, self._chunk = self._chunk, None
+        if chunk is None:
+            for key in arrived:
+                self._residency.arrived(key)
+            self._residency.settle()
+        else:
+            for key in (*chunk.passing, *chunk.leaving):  # what is left of them
+                self._drop(key)
+            self._residency.chunk_served(chunk, lost=[k for k in chunk.staying if k not in self._residents])
+        if interrupt is not None:
+            raise interrupt
+
+    def _await_reads(self, arrived: list[ExpertId]) -> KeyboardInterrupt | None:
+        """Wait until no read is in flight: a slot must not be reused while one still writes to it. Adds to
+        `arrived`; returns the Ctrl-C that came meanwhile. Errors are passed over: the event's first one is
+        on its way up."""
         interrupt: KeyboardInterrupt | None = None
-        while self._in_flight:  # a slot must not be reused while a read still writes to it
+        while self._in_flight:
             try:
                 completion = self._done.get(timeout=LOST_READ_S)
-                if completion.tag in self._in_flight:
-                    self._take(completion)
+                if self._is_awaited(completion):
+                    arrived.append(self._take(completion))
             except queue.Empty:
-                self._in_flight.clear()  # their slots are lost, which is better than to wait for ever
+                for read in [r for r in self._in_flight.values() if not self._reads.is_pending(r)]:
+                    del self._in_flight[read.key]
+                    self._free.append(read.slot)
             except KeyboardInterrupt as error:
                 interrupt = error
             except Exception:
-                continue  # the event's first error is on its way up; this expert is just not resident
-        self._evictable.update(self._held)
-        self._held.clear()
-        if interrupt is not None:
-            raise interrupt
+                continue
+        return interrupt
 
 
 def _addresses(views: Sequence[memoryview]) -> Addresses:

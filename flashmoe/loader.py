@@ -143,7 +143,7 @@ def open_cache(model: OpenedModel, plan: BudgetPlan, run: RunConfig, reader_name
     c = model.config
     geometry = Geometry(c.num_moe_layers, c.num_experts, c.num_experts_per_tok, plan.slots)
     policy = make_policy(run.policy, geometry, seed=run.seed)
-    return ExpertCache(model.read_plans, reader, ReadQueue(reader), policy, plan.slots)
+    return ExpertCache(model.read_plans, reader, ReadQueue(reader), policy, geometry)
 
 
 def _open_reader(name: str, model: OpenedModel, check_reads: bool) -> ExpertReader:

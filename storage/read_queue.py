@@ -1,15 +1,17 @@
-"""Read experts in the background with a few plain threads.
+"""Read experts in the background with a few plain threads: demand reads first, then prefetch reads.
 
 Experts are read one after another, in the order in which they were asked for, each cut into pieces that
 several threads read at once: so the first expert arrives first, and the drive always has several reads in
-flight. Threads and not asyncio: through aiofiles' executor the same reads ran at the same speed for experts
-of 9 MB and at 0.75 of it for 0.4 MB (scripts/bench_read_dispatch.py). Demand reads only; nothing is
-cancelled except by `close`.
+flight. A piece of a prefetch read starts only when no demand piece waits; a prefetch read can be cancelled,
+which takes effect between its pieces, or promoted to demand. Threads and not asyncio: through aiofiles'
+executor the same reads ran at the same speed for experts of 9 MB and at 0.75 of it for 0.4 MB
+(scripts/bench_read_dispatch.py).
 """
 
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -23,6 +25,8 @@ from storage.storage_errors import ReadError
 # arrives 1.5 times as late. Experts of 0.4 MB, one piece each, want the 4 threads.
 THREADS = 4
 PIECE_BYTES = 2 << 20
+# Prefetch pieces in flight at once: a demand read waits behind them in the drive's own queue.
+PREFETCH_THREADS = 2
 
 
 class Completion(NamedTuple):
@@ -35,45 +39,75 @@ class Completion(NamedTuple):
     seconds: float  # from submit to here
 
 
-class _Request:
-    """One submitted plan; its fields are guarded by the queue's lock."""
+class Request:
+    """One submitted plan, for `promote` and `cancel`. Its fields are guarded by the queue's lock."""
 
     def __init__(
-        self, tag: Any, plan: ReadPlan, slot: memoryview | None, done: "queue.SimpleQueue[Completion]"
-    ) -> None:
-        self.tag = tag
-        self.plan = plan
-        self.slot = slot
-        self.done = done
+        self, tag: Any, plan: ReadPlan, slot: memoryview | None, done: "queue.SimpleQueue[Completion]",
+        is_prefetch: bool,
+    ) -> None:  # fmt: skip
+        self.tag, self.plan, self.slot, self.done = tag, plan, slot, done
+        self.is_prefetch = is_prefetch
         self.submitted_s = time.perf_counter()
-        self.pieces_left = 0
+        self.waiting: deque[tuple[Run, int, int]] = deque()  # pieces: run, begin, nbytes
+        self.in_flight = 0  # pieces
         self.read_bytes = 0
         self.error: Exception | None = None
 
 
 class _Piece(NamedTuple):
-    request: _Request
+    request: Request
     run: Run
     begin: int
     nbytes: int
+    is_prefetch: bool  # when it started
+
+
+class _BusyClock:
+    """Seconds during which at least one of some things went on."""
+
+    def __init__(self) -> None:
+        self._count, self._seconds, self._since_s = 0, 0.0, 0.0
+
+    def enter(self) -> None:
+        if self._count == 0:
+            self._since_s = time.perf_counter()
+        self._count += 1
+
+    def leave(self) -> None:
+        self._count -= 1
+        if self._count == 0:
+            self._seconds += time.perf_counter() - self._since_s
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds + (time.perf_counter() - self._since_s if self._count else 0.0)
 
 
 class ReadQueue:
-    """First in, first out, over `threads` threads. `submit` and the counters may be used from any thread."""
+    """Two queues, each first in, first out, over `threads` threads; for use from any thread."""
 
-    def __init__(self, reader: ExpertReader, threads: int = THREADS, piece_bytes: int = PIECE_BYTES) -> None:
+    def __init__(
+        self,
+        reader: ExpertReader,
+        threads: int = THREADS,
+        piece_bytes: int = PIECE_BYTES,
+        prefetch_threads: int = PREFETCH_THREADS,
+    ) -> None:
         """`reader` stays the caller's: close the queue first, then the reader."""
-        assert threads > 0 and piece_bytes >= PAGE_BYTES
+        assert threads > 0 and prefetch_threads > 0 and piece_bytes >= PAGE_BYTES
         self._reader = reader
-        self._piece_bytes = piece_bytes
-        self._pieces: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
+        self._piece_bytes, self._prefetch_threads = piece_bytes, prefetch_threads
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True a piece, False to end a thread
         self._lock = threading.Lock()
         self._closed = False
+        self._demand: deque[Request] = deque()  # requests with pieces that wait
+        self._prefetch: deque[Request] = deque()
+        self._pending: set[Request] = set()  # whose completion is still to come
+        self._prefetch_pieces = 0  # in flight
         self._bytes_read = 0
         self._reads = 0
-        self._in_flight = 0
-        self._busy_s = 0.0
-        self._busy_since_s = 0.0
+        self._busy, self._demand_busy = _BusyClock(), _BusyClock()
         self._threads = [
             threading.Thread(target=self._work, name=f"read-{number}", daemon=True)
             for number in range(threads)
@@ -82,26 +116,69 @@ class ReadQueue:
             thread.start()
 
     def submit(
-        self, tag: Any, plan: ReadPlan, slot: memoryview | None, done: "queue.SimpleQueue[Completion]"
-    ) -> None:
-        """Ask for one expert; exactly one Completion will be put on `done`, success or not.
+        self,
+        tag: Any,
+        plan: ReadPlan,
+        slot: memoryview | None,
+        done: "queue.SimpleQueue[Completion]",
+        prefetch: bool = False,
+    ) -> Request:
+        """Ask for one expert; exactly one Completion will be put on `done`, success or not, unless `cancel`
+        withdraws it.
 
         `slot` is page-aligned writable memory of at least `plan.slot_bytes` that nobody else touches until
         then, or None if the reader works in place.
         """
         assert slot is None or slot.nbytes >= plan.slot_bytes, "the slot is smaller than the plan"
         assert slot is not None or self._reader.in_place, f"the {self._reader.name} reader needs a slot"
-        request = _Request(tag, plan, slot, done)
-        pieces = [
-            _Piece(request, run, begin, nbytes)
+        request = Request(tag, plan, slot, done, prefetch)
+        request.waiting.extend(
+            (run, begin, nbytes)
             for run in plan.runs
             for begin, nbytes in cut_into_pieces(run.nbytes, self._piece_bytes)
-        ]
-        request.pieces_left = len(pieces)
+        )
+        pieces = len(request.waiting)
         with self._lock:
             assert not self._closed, "the read queue is closed"
-            for piece in pieces:  # under the lock, so that one expert's pieces stay together
-                self._pieces.put(piece)
+            self._pending.add(request)
+            (self._prefetch if prefetch else self._demand).append(request)
+            if not prefetch:
+                self._demand_busy.enter()
+        for _ in range(pieces):
+            self._wake.put(True)
+        return request
+
+    def promote(self, request: Request) -> None:
+        """Make a prefetch read a demand read, the last of those that wait; it may have arrived already."""
+        with self._lock:
+            if not request.is_prefetch or request not in self._pending:
+                return
+            request.is_prefetch = False
+            self._demand_busy.enter()
+            pieces = len(request.waiting)
+            if pieces:
+                self._prefetch.remove(request)
+                self._demand.append(request)
+        for _ in range(pieces):
+            self._wake.put(True)
+
+    def cancel(self, request: Request) -> bool:
+        """Give a prefetch read up. True: it was withdrawn, and no Completion will come, its slot is free now.
+        False: it has arrived, or its Completion comes once the pieces in flight have ended."""
+        with self._lock:
+            if not request.is_prefetch or not request.waiting:
+                return False
+            self._forget_waiting(request)
+            if request.in_flight == 0:
+                self._pending.discard(request)
+                return True
+            request.error = ReadError("the read was given up: it was cancelled")
+            return False
+
+    def is_pending(self, tag: Any) -> bool:
+        """Whether the Completion of what was submitted with this very object is still to come."""
+        with self._lock:
+            return any(request.tag is tag for request in self._pending)
 
     @property
     def bytes_read(self) -> int:
@@ -119,8 +196,13 @@ class ReadQueue:
     def busy_s(self) -> float:
         """The time during which at least one read was in flight."""
         with self._lock:
-            now_s = time.perf_counter() if self._in_flight else self._busy_since_s
-            return self._busy_s + now_s - self._busy_since_s
+            return self._busy.seconds
+
+    @property
+    def demand_busy_s(self) -> float:
+        """The time during which a demand read was waited for or in flight: the rest is free for guesses."""
+        with self._lock:
+            return self._demand_busy.seconds
 
     def close(self) -> None:
         """End the threads after the reads in flight; what still waits completes with a ReadError."""
@@ -128,57 +210,77 @@ class ReadQueue:
             already, self._closed = self._closed, True
         if not already:
             for _ in self._threads:
-                self._pieces.put(None)
+                self._wake.put(False)
         for thread in self._threads:
             thread.join()
+        for request in (*self._demand, *self._prefetch):
+            with self._lock:
+                self._forget_waiting(request)
+                request.error = ReadError("the read was given up: the read queue was closed")
+            self._complete(request)
 
     def _work(self) -> None:
-        while (piece := self._pieces.get()) is not None:
-            if self._begin(piece.request):
-                self._read(piece)
-            self._finish_piece(piece.request)
-            del piece  # or an idle thread would keep the last slot's memory alive
+        while self._wake.get():
+            while (piece := self._begin_piece()) is not None:
+                if self._read(piece):
+                    self._complete(piece.request)
+                del piece  # or an idle thread would keep the last slot's memory alive
 
-    def _begin(self, request: _Request) -> bool:
-        """Whether the piece is still worth reading; if so, a read is in flight from now on."""
+    def _begin_piece(self) -> _Piece | None:
+        """The next piece to read, which is in flight from now on."""
         with self._lock:
-            if self._closed and request.error is None:
-                request.error = ReadError("the read was given up: the read queue was closed")
-            if request.error is not None:
-                return False
-            if self._in_flight == 0:
-                self._busy_since_s = time.perf_counter()
-            self._in_flight += 1
-            return True
+            if self._closed:
+                return None
+            waiting = self._demand
+            if not waiting:
+                waiting = self._prefetch
+                if not waiting or self._prefetch_pieces >= self._prefetch_threads:
+                    return None
+            request = waiting[0]
+            piece = _Piece(request, *request.waiting.popleft(), request.is_prefetch)
+            if not request.waiting:
+                waiting.popleft()
+            request.in_flight += 1
+            self._prefetch_pieces += piece.is_prefetch
+            self._busy.enter()
+            return piece
 
-    def _read(self, piece: _Piece) -> None:
-        nbytes, error = 0, None
+    def _read(self, piece: _Piece) -> bool:
+        """Whether this was the request's last piece."""
+        nbytes, error, request = 0, None, piece.request
         try:
-            nbytes = self._reader.read_run(piece.run, piece.request.slot, piece.begin, piece.nbytes)
+            nbytes = self._reader.read_run(piece.run, request.slot, piece.begin, piece.nbytes)
         except Exception as caught:  # whatever it is, the thread lives on and the one who waits gets to know
             error = caught
         with self._lock:
             self._bytes_read += nbytes
             self._reads += 1
-            piece.request.read_bytes += nbytes
-            piece.request.error = piece.request.error or error
-            self._in_flight -= 1
-            if self._in_flight == 0:
-                self._busy_s += time.perf_counter() - self._busy_since_s
-                self._busy_since_s = 0.0
+            self._busy.leave()
+            self._prefetch_pieces -= piece.is_prefetch
+            request.read_bytes += nbytes
+            request.error = request.error or error
+            request.in_flight -= 1
+            if request.error is not None:
+                self._forget_waiting(request)
+            # Not before the last piece: the slot must not be written later.
+            return request.in_flight == 0 and not request.waiting
 
-    def _finish_piece(self, request: _Request) -> None:
-        """Complete the request with its last piece, and not before: its slot must not be written later."""
-        with self._lock:
-            request.pieces_left -= 1
-            if request.pieces_left > 0:
-                return
+    def _forget_waiting(self, request: Request) -> None:
+        if request.waiting:
+            request.waiting.clear()
+            (self._prefetch if request.is_prefetch else self._demand).remove(request)
+
+    def _complete(self, request: Request) -> None:
         views, error = None, request.error
         try:
             views = None if error else self._reader.views(request.plan, request.slot)
         except Exception as caught:  # a reader that checks what it hands out: the one who waits gets to know
             error = caught
         seconds = time.perf_counter() - request.submitted_s
+        with self._lock:
+            self._pending.discard(request)
+            if not request.is_prefetch:
+                self._demand_busy.leave()
         request.done.put(Completion(request.tag, views, error, request.read_bytes, seconds))
 
 

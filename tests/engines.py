@@ -26,16 +26,19 @@ def build_engine(
     threads: int = 2,
     isa: str | None = None,
     exact: bool = False,
+    per_layer: bool = False,
+    spare: int = 0,
 ) -> Engine:
-    """`slots` None: every expert has one."""
+    """`slots` None: every expert has one. With `per_layer`, so many in each layer."""
     config = load_model_config(folder)
     layout = CheckpointLayout(open_checkpoint(folder), config, read_manifest(folder))
     checkpoint = layout.checkpoint
     plans = {key: plan_read(e.extents, checkpoint.shard_bytes) for key, e in layout.experts.items()}
     opened = open_reader(reader, checkpoint.shards, checkpoint.shard_bytes)
     slots = slots or len(plans)
-    geometry = Geometry(config.num_moe_layers, config.num_experts, config.num_experts_per_tok, slots)
-    cache = ExpertCache(plans, opened, ReadQueue(opened), make_policy(policy, geometry), slots)
+    c = config
+    geometry = Geometry(c.num_moe_layers, c.num_experts, c.num_experts_per_tok, slots, per_layer)
+    cache = ExpertCache(plans, opened, ReadQueue(opened), make_policy(policy, geometry), geometry, spare)
     kernels, format = make_context(threads, isa), next(iter(layout.experts.values())).format
     return Engine(Decoder(config, load_dense(layout), cache, context, kernels, format, exact))
 

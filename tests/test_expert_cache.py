@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cache_policies.policy import Geometry
 from cache_policies.registry import POLICY_NAMES, make_policy
-from flashmoe.expert_cache import ExpertCache
+from flashmoe.expert_cache import ExpertCache, _Read
 from flashmoe.weights import ExpertId
 from kernels.expert_ffn import Addresses
 from storage.expert_reader import ReadPlan, Run
@@ -41,13 +41,14 @@ class ScriptedDrive:
         self.closed = 0
 
     def submit(
-        self, tag: ExpertId, plan: ReadPlan, slot: memoryview, done: "queue.SimpleQueue[Completion]"
+        self, tag: _Read, plan: ReadPlan, slot: memoryview, done: "queue.SimpleQueue[Completion]"
     ) -> None:
-        self.asked.append(tag)
-        if tag in self.broken:
-            result = Completion(tag, None, ReadError(f"expert {tag} cannot be read"), 0, 0.0)
+        key = tag.key
+        self.asked.append(key)
+        if key in self.broken:
+            result = Completion(tag, None, ReadError(f"expert {key} cannot be read"), 0, 0.0)
         else:
-            number = torch.full((EXPERT_BYTES // 4,), 100.0 * tag[0] + tag[1])
+            number = torch.full((EXPERT_BYTES // 4,), 100.0 * key[0] + key[1])
             slot[:EXPERT_BYTES] = memoryview(number.numpy()).cast("B")
             views = tuple(slot[i * MATRIX_BYTES : (i + 1) * MATRIX_BYTES] for i in range(3))
             result = Completion(tag, views, None, EXPERT_BYTES, 0.0)
@@ -58,6 +59,9 @@ class ScriptedDrive:
         for completion in (result, *earlier):
             done.put(completion)
 
+    def is_pending(self, tag: _Read) -> bool:
+        return False
+
     def release(self, plan: ReadPlan) -> None:
         self.released.append(plan)
 
@@ -66,14 +70,15 @@ class ScriptedDrive:
 
 
 def make_cache(
-    slots: int, layers: int = 2, experts: int = 8, policy: str = "lru", drive: ScriptedDrive | None = None
+    slots: int, layers: int = 2, experts: int = 8, policy: str = "lru", drive: ScriptedDrive | None = None,
+    spare: int = 0, top_k: int = 2,
 ) -> tuple[ExpertCache, ScriptedDrive]:
     drive = drive or ScriptedDrive()
     ids = [(layer, expert) for layer in range(layers) for expert in range(experts)]
     plan = ReadPlan((Run(0, 0, EXPERT_BYTES, 0),), ((0, MATRIX_BYTES),) * 3, 4096, EXPERT_BYTES, EXPERT_BYTES)
-    cache = ExpertCache(
-        {key: plan for key in ids}, drive, drive, make_policy(policy, Geometry(2, 16, 4, slots)), slots,  # type: ignore[arg-type]
-    )  # fmt: skip
+    geometry = Geometry(layers, experts, top_k, slots)
+    plans = dict.fromkeys(ids, plan)
+    cache = ExpertCache(plans, drive, drive, make_policy(policy, geometry), geometry, spare)  # type: ignore[arg-type]
     return cache, drive
 
 
@@ -88,7 +93,9 @@ def fetch(cache: ExpertCache, layer: int, routed: list[int]) -> list[int]:
 
 
 def stream(cache: ExpertCache, layer: int, experts: list[int]) -> list[int]:
+    """Run a prefill chunk whose tokens use one expert each, in this order."""
     served = []
+    cache.observe(layer, [[expert] for expert in experts], [[1.0]] * len(experts))
     for expert, addresses in cache.stream(layer, experts):
         check_bytes(layer, expert, addresses)
         served.append(expert)
@@ -144,21 +151,42 @@ def test_a_failed_read_is_an_error_and_the_cache_goes_on() -> None:
 def test_a_read_that_was_noted_and_never_asked_for_does_not_hang_the_next_event(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A Ctrl-C in that instant: the slot is given up, the cache goes on with the others."""
+    """A Ctrl-C in that instant: its slot is free again."""
     monkeypatch.setattr("flashmoe.expert_cache.LOST_READ_S", 0.01)
     cache, _ = make_cache(slots=4)
     fetch(cache, 0, [1, 2])
-    cache._in_flight[0, 5] = cache._free.pop()
+    cache._in_flight[0, 5] = _Read((0, 5), cache._free.pop())
     assert sorted(fetch(cache, 0, [5, 6])) == [5, 6]
-    assert len(cache.resident) == 3
+    assert sorted(fetch(cache, 1, [1, 2, 3, 4])) == [1, 2, 3, 4]
 
 
-def test_emptying_the_slots_tells_the_policy() -> None:
+def test_victims_that_a_ctrl_c_kept_in_their_slots_make_room_when_it_is_needed() -> None:
+    cache, _ = make_cache(slots=3)
+    fetch(cache, 0, [0, 1, 2])
+    cache._residency.begin(0, [3, 4])  # decided, and not done
+    assert sorted(fetch(cache, 0, [0, 5, 6])) == [0, 5, 6]
+    assert sorted(fetch(cache, 1, [0, 5, 6])) == [0, 5, 6]
+    assert len(cache._residents) == 3
+
+
+def test_a_generator_left_over_from_an_event_given_up_does_not_end_the_next_one() -> None:
+    cache, _ = make_cache(slots=4)
+    given_up = cache.fetch(0, [1, 2], [1.0, 1.0])
+    next(given_up)
+    batches = cache.fetch(1, [3, 4], [1.0, 1.0])
+    del given_up
+    assert [place for batch in batches for place, _ in batch] == [0, 1]
+
+
+def test_emptying_the_slots_tells_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     cache, _ = make_cache(slots=8, layers=1)
     fetch(cache, 0, [0, 1, 2, 3, 4, 5])
+    told: list[ExpertId] = []
+    choose = cache.policy.victims
+    monkeypatch.setattr(cache.policy, "victims", lambda *args: told.extend(v := choose(*args)) or v)
     cache.evict_all()
     assert cache.resident == frozenset()
-    assert not cache.policy._resident.any()  # type: ignore[attr-defined]
+    assert sorted(told) == [(0, expert) for expert in range(6)]
 
 
 def test_an_event_that_is_given_up_half_way_leaves_no_slot_behind() -> None:
