@@ -211,8 +211,11 @@ def trace(arguments: argparse.Namespace, screen: Screen) -> int:
     if arguments.context is None and only_texts:  # what a text does not need goes to the experts
         arguments.context = max(16, arguments.tokens_per_sequence)
     interrupted = False
-    with _load_llm(arguments, screen, arguments.policy) as llm:
-        recorder = recorder_for(llm, _model_name(arguments.model), arguments.output.absolute().parent)
+    folder = arguments.output.absolute().parent
+    with (
+        _load_llm(arguments, screen, arguments.policy) as llm,
+        recorder_for(llm, _model_name(arguments.model), folder) as recorder,
+    ):
         try:
             with progress_bar(counting=True) as progress:
                 recorded = record(llm, documents, options, recorder, progress)
@@ -223,7 +226,6 @@ def trace(arguments: argparse.Namespace, screen: Screen) -> int:
             if not len(recorder):
                 return EXIT_INTERRUPTED
         recorder.save(arguments.output)
-        recorder.close()
     size = arguments.output.stat().st_size
     end = "interrupted; " if interrupted else ""
     screen.say(

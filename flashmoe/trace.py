@@ -18,6 +18,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -303,6 +304,14 @@ class TraceRecorder:
         """Give the disk space back."""
         for spool in self._spools:
             spool.close()
+
+    def __enter__(self) -> "TraceRecorder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _small_arrays(self) -> dict[str, Array]:
         starts = [start for start in self._starts if start[0] < len(self)]
