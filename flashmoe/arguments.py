@@ -159,7 +159,7 @@ def _add_compare(commands: "Commands") -> None:
         "--policies",
         type=_names,
         metavar="NAME,NAME",
-        help="which to compare (default: all on traces, lru,lfu,lfru live)",
+        help="which to compare (default: all but lrb on traces; lru,lfu,lfru live)",
     )
     add("--seed", type=_whole, default=0, metavar="N", help="for policies that draw lots (default: 0)")
     add("--json", action="store_true", help="one JSON object on stdout, the table on stderr")

@@ -256,10 +256,10 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Screen], int]] = {
 
 
 def _replay(arguments: argparse.Namespace, screen: Screen, show: Callable[[str], None]) -> int:
-    from flashmoe.compare import COLUMNS, COMPARED_NAMES, SCOPES, Capacity, compare
+    from flashmoe.compare import COLUMNS, DEFAULT_NAMES, SCOPES, Capacity, compare
     from flashmoe.progress_bar import progress_bar
 
-    policies = arguments.policies or list(COMPARED_NAMES)
+    policies = arguments.policies or list(DEFAULT_NAMES)
     capacities = arguments.capacity or [Capacity(share, True) for share in (0.1, 0.2, 0.4, 0.6)]
     scopes = SCOPES if arguments.scope == "both" else (arguments.scope or "layer",)
     with progress_bar(counting=True) as progress:

@@ -18,7 +18,7 @@ from typing import Any
 from cache_policies.belady import Belady
 from cache_policies.lru import LRU
 from cache_policies.policy import CachePolicy, Geometry
-from cache_policies.registry import POLICY_NAMES, make_policy
+from cache_policies.registry import POLICY_NAMES, REPLAY_NAMES, make_policy
 from cache_policies.replay import replay
 from cache_policies.routing_trace import RoutingTrace
 from flashmoe.errors import ConfigError, FlashMoEError, TraceError
@@ -29,7 +29,10 @@ COLUMNS = ("trace", "scope", "capacity", "policy", "hit rate", "misses", "gap cl
 # Each gap is measured from the floor to the ceiling.
 FLOOR, CEILING = LRU.name, Belady.name
 USES_SCORES = ("learned",)
-COMPARED_NAMES = (*dict.fromkeys((*POLICY_NAMES, CEILING)),)
+# What can be compared by name alone: the paper's network needs weights that somebody trained.
+COMPARED_NAMES = tuple(name for name in REPLAY_NAMES if name != "paper")
+# Compared when nobody says what: not LRB, which takes a hundred times as long.
+DEFAULT_NAMES = (*POLICY_NAMES, CEILING)
 
 Progress = Callable[[str, int, int], None]
 
@@ -104,10 +107,8 @@ class Comparison:
 
 def build_policy(name: str, trace: RoutingTrace, geometry: Geometry, seed: int) -> CachePolicy:
     """A fresh policy for a replay of `trace`. Raises ConfigError for an unknown name."""
-    if name == CEILING:
-        return Belady(trace)
     try:
-        return make_policy(name, geometry, seed=seed)
+        return make_policy(name, geometry, seed=seed, trace=trace)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
