@@ -301,6 +301,13 @@ def test_lru_takes_a_prefetched_expert_for_as_recent_as_its_arrival() -> None:
     assert policy.victims(residents, 3) == [(0, 1), (0, 2), (1, 0)]
 
 
+def test_lru_takes_an_expert_that_comes_back_unasked_for_as_recent_as_its_return() -> None:
+    policy = make("lru")
+    replay(policy, [(0, [1]), (0, [2]), (0, [3])], capacity=2)  # 1 leaves
+    residents = fill(policy, (0, 1)) | {(0, 2), (0, 3)}
+    assert policy.victims(residents, 3) == [(0, 2), (0, 3), (0, 1)]
+
+
 def test_lru_goes_by_use_however_late_the_read_finished() -> None:
     """A prompt is observed token by token before its experts arrive; those of its last tokens must stay."""
     policy = make("lru")
