@@ -24,6 +24,7 @@ from cache_policies.lfu_aged import AgedLFU
 from cache_policies.lrb import LRB
 from cache_policies.paper_network import PaperNetwork, PaperWeights
 from cache_policies.policy import CachePolicy, ExpertId, Geometry
+from cache_policies.queue_policy import QueuePolicy
 from cache_policies.registry import REPLAY_NAMES, make_policy
 from cache_policies.routing_trace import RoutingTrace
 from cache_policies.s3fifo import S3FIFO
@@ -134,6 +135,16 @@ def test_the_same_trace_gives_the_same_victims_in_whatever_order_reads_finish(
     assert again == first
 
 
+@every_policy
+@settings(deadline=None, max_examples=50)
+@given(trace=traces, capacity=capacities)
+def test_the_experts_of_an_event_are_a_set(name: str, trace: list[Event], capacity: int) -> None:
+    """Their places in the top-k, which small differences of router weights can swap, do not count."""
+    swapped = [(layer, routed[::-1]) for layer, routed in trace]
+    wanted = replay(make(name, 0, capacity), trace, capacity)
+    assert replay(make(name, 0, capacity), swapped, capacity) == wanted
+
+
 @pytest.mark.parametrize("name", ["lfu", "lfu-aged", "lfru", "fifo", "random", "least-stale"])
 @settings(deadline=None)
 @given(trace=traces, capacity=capacities)
@@ -211,6 +222,16 @@ def test_a_chunks_experts_may_leave_before_they_were_ever_resident(
     assert together.issuperset(gone) and len(set(gone)) == len(gone)
     left = together.difference(gone)
     assert set(policy.victims(left, len(left))) == left
+
+
+@pytest.mark.parametrize("name", ["arc", "lecar", "s3-fifo", "sieve"])
+def test_a_queue_policy_does_not_take_what_left_before_it_came_for_a_resident(name: str) -> None:
+    policy = make(name)
+    for expert in (1, 2):
+        policy.step(0, [expert])
+    assert policy.victims({(0, 1), (0, 2)}, 2) == [(0, 1), (0, 2)]
+    policy.step(0, [3])
+    assert isinstance(policy, QueuePolicy) and not policy._has((0, 1)) and not policy._has((0, 2))
 
 
 def test_names_are_distinct_and_each_policy_has_its_own() -> None:
