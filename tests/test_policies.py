@@ -427,7 +427,14 @@ def test_least_stale_takes_a_chunks_tokens_in_one_layer_for_one_pass() -> None:
 
 # The queue policies against their papers' own pseudo code: one request after the other, nothing shared.
 
-requests = st.lists(st.integers(0, 9), max_size=150)
+
+def some_requests(seed: int) -> list[int]:
+    """A few experts more often than others, other ones each time: hits, ghosts and scans of all kinds."""
+    draw = random.Random(seed)
+    return [int(draw.paretovariate(0.6) + 3 * (i // 60)) % 15 for i in range(draw.choice((20, 240)))]
+
+
+requests = st.builds(some_requests, st.integers(0, 2**32))
 sizes = st.integers(1, 7)
 
 
