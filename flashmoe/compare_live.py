@@ -7,7 +7,7 @@ under every policy. Prints nothing.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from flashmoe.api import LLM
@@ -101,14 +101,8 @@ class _Answers:
     def add(self, steps: int, seconds: float, spent: CacheCounters) -> None:
         self._steps += steps
         self._seconds += seconds
-        total = self._spent
-        self._spent = CacheCounters(
-            total.hits + spent.hits,
-            total.misses + spent.misses,
-            total.bytes_read + spent.bytes_read,
-            total.stall_s + spent.stall_s,
-            total.read_s + spent.read_s,
-        )
+        sums = (getattr(self._spent, f.name) + getattr(spent, f.name) for f in fields(spent))
+        self._spent = CacheCounters(*sums)
 
     def repetition(self, drive_mb_per_s: float) -> Repetition:
         if not self._steps:
