@@ -7,6 +7,7 @@
     ├── TokenizerError   tokenizer.json or the chat template
     ├── ContextError     more tokens than the context holds
     ├── TraceError       a routing trace that cannot be used
+    ├── PolicyError      a learned policy's file that cannot be used, or traces too short to train one
     └── DemoModelError   the demo model cannot be built
 
 `storage.storage_errors.StorageError` is the tree of the package below; `cli.py` catches both.
@@ -43,3 +44,7 @@ class DemoModelError(FlashMoEError):
 
 class TraceError(FlashMoEError):
     """A routing trace that is not one, or not the one that was asked for."""
+
+
+class PolicyError(FlashMoEError):
+    """A policy file that is none, is damaged or was made for something else; traces too short to train on."""
