@@ -26,6 +26,7 @@ _ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
 ROPE_TYPES = tuple(_ROPE_NUMBERS)
 _YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+SCOPES = ("global", "layer")
 READER_NAMES = ("auto", "direct", "buffered", "mmap")
 MAX_DEFAULT_CONTEXT = 8192
 LARGEST_NUMBER = 1e30
@@ -275,6 +276,8 @@ class RunConfig:
     seed: int = 0
     exact_activations: bool = False  # fp32 activations also for int4 and int8 weights
     check_reads: bool = False  # compare every expert read with its checksum
+    scope: str = "global"  # of the policy's capacity: all layers share it, or "layer": each has its own
+    prefetch: str = "off"  # "auto": if it is measured to pay; a number: at most so many guesses a layer
 
     def __post_init__(self) -> None:
         if not isinstance(self.ram_budget, str):
@@ -283,6 +286,12 @@ class RunConfig:
             raise ConfigError(f"unknown policy {self.policy!r}; known are {', '.join(POLICY_NAMES)}")
         if self.reader not in READER_NAMES:
             raise ConfigError(f"unknown reader {self.reader!r}; known are {', '.join(READER_NAMES)}")
+        if self.scope not in SCOPES:
+            raise ConfigError(f"unknown scope {self.scope!r}; known are {', '.join(SCOPES)}")
+        if self.prefetch not in ("auto", "off"):
+            if not (isinstance(self.prefetch, str) and self.prefetch.isascii() and self.prefetch.isdigit()):
+                raise ConfigError(f"--prefetch {self.prefetch!r} is not auto, off or a number of guesses")
+            self._check_whole("prefetch", int(self.prefetch), 1, 64)
         self._check_whole("context", self.context, 16, 1 << 31)
         self._check_whole("threads", self.threads, 1, 1024)
         self._check_whole("seed", self.seed, 0, 2**63 - 1)

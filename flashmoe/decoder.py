@@ -17,6 +17,7 @@ from cache_policies.replay import serving_order
 from flashmoe.config import ModelConfig
 from flashmoe.expert_cache import ExpertCache
 from flashmoe.kv_cache import KVCache
+from flashmoe.prefetch import Prefetcher
 from flashmoe.rotary import Rotary
 from flashmoe.weights import DenseWeights, LayerWeights, Weight
 from kernels.expert_ffn import ExpertFFN, Routing
@@ -72,6 +73,7 @@ class Decoder:
         ]
         self._one_token = _Buffers.of(config, 1)
         self.observer: RoutingObserver | None = None
+        self.prefetcher: Prefetcher | None = None
 
     @torch.inference_mode()
     def forward(
@@ -89,6 +91,8 @@ class Decoder:
         position = (*self._rotary.addresses(begin), begin, tokens)
         if self.observer is not None:
             self.observer.forward_begins(token_ids)
+        if self.prefetcher is not None:
+            self.prefetcher.forward_begins(token_ids)
         for index in range(self.config.num_hidden_layers):
             if check is not None:
                 check()
@@ -129,7 +133,10 @@ class Decoder:
         self.expert_ffn.begin(buffers.h)
         if len(x) == 1:
             ids, weights = buffers.ids[0].tolist(), buffers.weights[0].tolist()
-            for batch in self.experts.fetch(index, ids, weights, buffers.scores[0], token_ids[0]):
+            batches = self.experts.fetch(index, ids, weights, buffers.scores[0], token_ids[0])
+            if self.prefetcher is not None:
+                self.prefetcher.routed(self.experts, index, x, ids, buffers.scores[0])
+            for batch in batches:
                 self.expert_ffn.add_to_one_token(batch)
         else:  # grouped by expert, so that each is read at most once
             ids, weights = buffers.ids.tolist(), buffers.weights.tolist()
@@ -194,10 +201,16 @@ class _NativeLayer:
             keys=_address(keys),
             values=_address(values),
         )
-        self.router = None if layer.router is None else Router(
-            c.hidden_size, c.num_experts, c.num_experts_per_tok, c.norm_topk_prob, c.rms_norm_eps,
-            _address(layer.post_attention_norm), _address(layer.router),
-        )  # fmt: skip
+        self.router = native_router(config, layer)
+
+
+def native_router(config: ModelConfig, layer: LayerWeights) -> Router | None:
+    """None in a layer without experts."""
+    c = config
+    return None if layer.router is None else Router(
+        c.hidden_size, c.num_experts, c.num_experts_per_tok, c.norm_topk_prob, c.rms_norm_eps,
+        _address(layer.post_attention_norm), _address(layer.router),
+    )  # fmt: skip
 
 
 class _Buffers(NamedTuple):

@@ -3,15 +3,16 @@
 A fixed number of equal slots holds whole experts. An event (one layer of one step) asks for its experts;
 resident ones are served at once while the others are read, and those are served as they arrive. Who is
 resident, who comes and who leaves is decided in `cache_policies/residency.py`, in ids alone and whatever the
-order in which reads finish; here are slots, addresses and reads. Knows nothing about tokens, attention
-or the arithmetic of experts.
+order in which reads finish; here are slots, addresses and reads. A guess is read into a spare slot beyond the
+policy's capacity and becomes resident only when it is asked for, as any miss does: it may come early, but it
+evicts nothing. Knows nothing about tokens, attention or the arithmetic of experts.
 """
 
 import ctypes
 import queue
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -23,7 +24,7 @@ from flashmoe.weights import ExpertId
 from kernels.expert_ffn import Addresses
 from storage.expert_reader import ExpertReader, ReadPlan
 from storage.host import allocate_aligned
-from storage.read_queue import Completion, ReadQueue
+from storage.read_queue import Completion, ReadQueue, Request
 
 # How often to look whether a read that is waited for exists: a Ctrl-C may have come in the instant between
 # noting it and asking for it, or taking it.
@@ -39,6 +40,14 @@ class CacheCounters:
     bytes_read: int = 0
     stall_s: float = 0.0  # time the computation waited for reads
     read_s: float = 0.0  # time with at least one read in flight, whether anybody waited or not
+    # Guesses. They are misses of the policy all the same: what they save is time.
+    prefetch_issued: int = 0
+    prefetch_hits: int = 0  # had arrived when they were asked for
+    prefetch_late: int = 0  # were still being read
+    prefetch_wasted: int = 0  # had arrived, and were not asked for
+    prefetch_cancelled: int = 0  # were given up before they had arrived
+    prefetch_failed: int = 0  # could not be read; if asked for, read again
+    prefetch_bytes_wasted: int = 0  # of those not asked for
 
     def snapshot(self) -> "CacheCounters":
         return CacheCounters(*(getattr(self, f.name) for f in fields(self)))
@@ -53,12 +62,13 @@ class _Resident:
     addresses: Addresses
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Read:
-    """One read asked for: the expert, and the slot that its bytes go to."""
+    """One read asked for: the expert, the slot that its bytes go to, and of a guess the request itself."""
 
     key: ExpertId
     slot: int
+    guess: Request | None = None
 
 
 class ExpertCache:
@@ -77,17 +87,21 @@ class ExpertCache:
         geometry: Geometry,
         spare: int = 0,
     ) -> None:
-        """`spare`: slots beyond the policy's capacity, through which a prefill's experts pass."""
+        """`spare`: slots beyond the policy's capacity, for guesses and for a prefill's experts to pass."""
         self.policy, self.counters = policy, CacheCounters()
         self._residency = Residency(policy, geometry, spare)
         self.slots = self._residency.slots + spare
         self._ordinals = {layer: i for i, layer in enumerate(sorted({layer for layer, _ in plans}))}
         self._plans = {(self._ordinals[layer], expert): plan for (layer, expert), plan in plans.items()}
+        self._expert_bytes = max(plan.read_bytes for plan in plans.values())
         self._reader, self._reads = reader, reads
         self._buffers = _slot_buffers(self.slots, max(p.slot_bytes for p in plans.values()), reader.in_place)
         self._free = list(range(self.slots - 1, -1, -1))
         self._residents: dict[ExpertId, _Resident] = {}
-        self._in_flight: dict[ExpertId, _Read] = {}
+        self._in_flight: dict[ExpertId, _Read] = {}  # that the event waits for
+        self._guesses: dict[ExpertId, _Read] = {}  # in flight
+        self._staged: dict[ExpertId, _Resident] = {}  # guesses that have arrived
+        self._cancelled: set[_Read] = set()  # guesses given up whose slot may still be written to
         self._chunk: ChunkPlan | None = None  # of the prefill event that goes on
         self._event = 0  # counts up: a generator left over from an earlier event must not end a later one
         self._done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
@@ -96,6 +110,17 @@ class ExpertCache:
     def resident(self) -> frozenset[ExpertId]:
         """The experts in memory; layers are counted among those with experts."""
         return self._residency.residents
+
+    @property
+    def demand_busy_s(self) -> float:
+        """Seconds during which a demand read was waited for."""
+        return self._reads.demand_busy_s
+
+    @property
+    def seconds_per_read(self) -> float:
+        """What the drive has needed for one expert so far; 0 before the first."""
+        bytes_read = self._reads.bytes_read
+        return self._reads.busy_s * self._expert_bytes / bytes_read if bytes_read else 0.0
 
     def fetch(
         self,
@@ -118,9 +143,33 @@ class ExpertCache:
         self.counters.misses += len(missing)
         for key in victims:
             self._drop(key)
-        for key in missing:
+        self._file_arrivals()
+        lacking = [key for key in missing if not self._was_guessed(key)]
+        for key in lacking:
             self._submit(key)
+        if self._guesses or self._staged:
+            self._drop_guesses(lambda key: key[0] == ordinal)
         return self._batches(ordinal, routed, self._event)
+
+    def prefetch(self, guesses: Iterable[ExpertId], at_most: int) -> None:
+        """Read experts ahead, in the order given, as far as they are not in memory and spare slots last.
+
+        They wait for demand reads. When a layer's event begins, what it does not ask for is given up.
+        """
+        for layer, expert in guesses:
+            room = self._residency.spare - len(self._guesses) - len(self._staged) - len(self._cancelled)
+            if min(at_most, room) <= 0:
+                return
+            key = (self._ordinals[layer], expert)
+            elsewhere = (self._in_flight, self._guesses, self._staged)
+            if key in self._residency or any(key in reads for reads in elsewhere):
+                continue
+            read = self._guesses[key] = _Read(key, self._free.pop())
+            read.guess = self._reads.submit(
+                read, self._plans[key], self._buffers[read.slot], self._done, prefetch=True
+            )
+            self.counters.prefetch_issued += 1
+            at_most -= 1
 
     def _batches(
         self, layer: int, routed: Sequence[int], event: int
@@ -173,6 +222,7 @@ class ExpertCache:
         will need elsewhere. Raises ReadError when the drive fails; the cache stays usable.
         """
         self._end_event()
+        self._drop_all_guesses()
         event = self._event
         plan = self._chunk = self._residency.begin_chunk(self._ordinals[layer], experts)
         self.counters.hits += len(plan.hits)
@@ -200,6 +250,7 @@ class ExpertCache:
     def evict_all(self) -> None:
         """Empty every slot, for a cold start; the policy keeps what it learnt."""
         self._end_event()
+        self._drop_all_guesses()
         for key in self._residency.evict_all():
             self._drop(key)
 
@@ -213,6 +264,41 @@ class ExpertCache:
     def _read_ahead(self, pending: deque[ExpertId]) -> None:
         while pending and self._free:
             self._submit(pending.popleft())
+
+    def _was_guessed(self, key: ExpertId) -> bool:
+        """Whether a miss is in memory already, or on its way."""
+        if (staged := self._staged.pop(key, None)) is not None:
+            self._residents[key] = staged
+            self._residency.arrived(key)
+            self.counters.prefetch_hits += 1
+        elif (read := self._guesses.pop(key, None)) is not None and read.guess is not None:
+            self._in_flight[key] = read
+            self._reads.promote(read.guess)
+            self.counters.prefetch_late += 1
+        else:
+            return False
+        return True
+
+    def _drop_guesses(self, which: Callable[[ExpertId], bool]) -> None:
+        for key in [key for key in self._staged if which(key)]:
+            self._free.append(self._staged.pop(key).slot)
+            self._reader.release(self._plans[key])
+            self.counters.prefetch_wasted += 1
+            self.counters.prefetch_bytes_wasted += self._plans[key].read_bytes
+        for key in [key for key in self._guesses if which(key)]:
+            read = self._guesses.pop(key)
+            self.counters.prefetch_cancelled += 1
+            if read.guess is not None and self._reads.cancel(read.guess):
+                self._note_bytes(read, read.guess.read_bytes)
+                self._free.append(read.slot)
+            else:
+                self._cancelled.add(read)
+
+    def _drop_all_guesses(self) -> None:
+        """Every spare slot is free afterwards."""
+        self._drop_guesses(lambda key: True)
+        while self._cancelled:
+            self._wait_and_file()
 
     def _submit(self, key: ExpertId) -> None:
         self._drop(key)  # there only if a Ctrl-C came between the decision that it goes and the deed
@@ -250,9 +336,43 @@ class ExpertCache:
         except queue.Empty:
             return None
 
+    def _file_arrivals(self) -> None:
+        """As no event waits for a read: take what guesses have brought meanwhile."""
+        if self._guesses or self._cancelled:
+            completion = self._arrived_already()
+            assert completion is None
+
     def _is_awaited(self, completion: Completion) -> bool:
-        """Not a read that `_settle` had given up."""
-        return self._in_flight.get(completion.tag.key) is completion.tag
+        """Whether a read that the event waits for has ended. What a guess brought is put in its place."""
+        read: _Read = completion.tag
+        if self._in_flight.get(read.key) is read:
+            if read.guess is None or completion.views is not None:
+                return True
+            self.counters.prefetch_failed += 1  # a guess's error is nobody's: it is read again, on demand
+            self._note_bytes(read, completion.read_bytes)
+            del self._in_flight[read.key]
+            self._free.append(read.slot)
+            self._submit(read.key)
+        elif self._guesses.get(read.key) is read:
+            del self._guesses[read.key]
+            self.counters.bytes_read += completion.read_bytes
+            if completion.views is None:
+                self.counters.prefetch_failed += 1
+                self._free.append(read.slot)
+            else:
+                self._staged[read.key] = _Resident(read.slot, _addresses(completion.views))
+        elif read in self._cancelled:
+            self._cancelled.remove(read)
+            self._note_bytes(read, completion.read_bytes)
+            self._free.append(read.slot)
+        return False
+
+    def _note_bytes(self, read: _Read, nbytes: int) -> None:
+        """Bytes that were read in vain."""
+        self.counters.bytes_read += nbytes
+        self.counters.prefetch_bytes_wasted += nbytes
+        if nbytes:
+            self._reader.release(self._plans[read.key])
 
     def _take(self, completion: Completion) -> ExpertId:
         """An expert is in its slot now. Raises the error of a read that failed."""
@@ -291,18 +411,27 @@ class ExpertCache:
         interrupt: KeyboardInterrupt | None = None
         while self._in_flight:
             try:
-                completion = self._done.get(timeout=LOST_READ_S)
-                if self._is_awaited(completion):
+                completion = self._wait_and_file()
+                if completion is not None:
                     arrived.append(self._take(completion))
-            except queue.Empty:
-                for read in [r for r in self._in_flight.values() if not self._reads.is_pending(r)]:
-                    del self._in_flight[read.key]
-                    self._free.append(read.slot)
             except KeyboardInterrupt as error:
                 interrupt = error
             except Exception:
                 continue
         return interrupt
+
+    def _wait_and_file(self) -> Completion | None:
+        """One more completion, if the event waits for it. Reads that do not exist are given up."""
+        try:
+            completion = self._done.get(timeout=LOST_READ_S)
+            return completion if self._is_awaited(completion) else None
+        except queue.Empty:
+            for read in [*self._in_flight.values(), *self._cancelled]:
+                if not self._reads.is_pending(read):
+                    self._free.append(read.slot)
+                    self._cancelled.discard(read)
+                    self._in_flight.pop(read.key, None)
+            return None
 
 
 def _addresses(views: Sequence[memoryview]) -> Addresses:

@@ -22,10 +22,12 @@ from flashmoe.decoder import Decoder
 from flashmoe.engine import Engine
 from flashmoe.errors import BudgetError, ConfigError
 from flashmoe.expert_cache import ExpertCache
+from flashmoe.predictors import NextRouter
+from flashmoe.prefetch import AUTO_GUESSES, MAX_STAGING, Prefetcher
 from flashmoe.sizes import format_bytes, parse_size
 from flashmoe.tokenizer import Tokenizer
-from flashmoe.weights import CheckpointLayout, ExpertId, load_dense
-from kernels.native import ISA_VARIABLE, Format, make_context
+from flashmoe.weights import CheckpointLayout, DenseWeights, ExpertId, load_dense
+from kernels.native import ISA_VARIABLE, Context, Format, make_context
 from storage import host
 from storage.checkpoint import open_checkpoint
 from storage.drive_probe import ProbeResult, probe
@@ -133,6 +135,7 @@ def load_engine(
         decoder = Decoder(
             model.config, weights, cache, plan.context, kernels, model.expert_format, run.exact_activations
         )
+        decoder.prefetcher = _prefetcher(model.config, weights, kernels, run)
         engine = Engine(decoder)
     return LoadedEngine(engine, cache, probed, dense_load_s)
 
@@ -140,10 +143,35 @@ def load_engine(
 def open_cache(model: OpenedModel, plan: BudgetPlan, run: RunConfig, reader_name: str) -> ExpertCache:
     """Empty slots and a policy that has seen nothing; allocates `plan.slots` experts."""
     reader = _open_reader(reader_name, model, run.check_reads)
-    c = model.config
-    geometry = Geometry(c.num_moe_layers, c.num_experts, c.num_experts_per_tok, plan.slots)
+    geometry = _geometry(model.config, plan.slots, run)
     policy = make_policy(run.policy, geometry, seed=run.seed)
-    return ExpertCache(model.read_plans, reader, ReadQueue(reader), policy, geometry)
+    spare = plan.slots - geometry.capacity * (geometry.layers if geometry.per_layer else 1)
+    return ExpertCache(model.read_plans, reader, ReadQueue(reader), policy, geometry, spare)
+
+
+def _geometry(config: ModelConfig, slots: int, run: RunConfig) -> Geometry:
+    """The policy's share of the slots; with `run.prefetch` some are left for guesses."""
+    layers, top_k = config.num_moe_layers, config.num_experts_per_tok
+    staging = 0 if run.prefetch == "off" else min(MAX_STAGING, slots // 16, slots - top_k)
+    capacity, per_layer = slots - staging, run.scope == "layer"
+    if per_layer:
+        capacity //= layers
+        if capacity < top_k:
+            raise BudgetError(
+                f"{slots} slots for {layers} layers are fewer than the {top_k} experts that each needs;"
+                " try a larger --ram-budget or the global scope"
+            )
+    return Geometry(layers, config.num_experts, top_k, capacity, per_layer)
+
+
+def _prefetcher(
+    config: ModelConfig, weights: DenseWeights, kernels: Context, run: RunConfig
+) -> Prefetcher | None:
+    if run.prefetch == "off":
+        return None
+    automatic = run.prefetch == "auto"
+    at_most = AUTO_GUESSES if automatic else int(run.prefetch)
+    return Prefetcher(NextRouter(config, weights, kernels), at_most, automatic)
 
 
 def _open_reader(name: str, model: OpenedModel, check_reads: bool) -> ExpertReader:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from storage.expert_reader import Extent, ReadPlan, Run, open_reader, plan_read
 from storage.host import allocate_aligned
-from storage.read_queue import Completion, ReadQueue, cut_into_pieces
+from storage.read_queue import PREFETCH_THREADS, Completion, ReadQueue, cut_into_pieces
 from storage.storage_errors import ReadError
 
 PAGE = 4096
@@ -208,6 +208,109 @@ def test_the_counters_count_bytes_reads_and_the_time_in_which_something_was_in_f
     assert (read_queue.bytes_read, read_queue.reads, read_queue.busy_s) == (3 * PAGE, 3, 3.0)
     assert seen_while_busy == [1.0, 2.0, 3.0]
     read_queue.close()
+
+
+class Gate:
+    """Holds every read until it is let through, and tells when one has begun."""
+
+    def __init__(self) -> None:
+        self.begun: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.let_go = threading.Semaphore(0)
+
+    def __call__(self, page: int) -> None:
+        self.begun.put(page)
+        assert self.let_go.acquire(timeout=20)
+
+
+def gated_queue(threads: int = 1) -> tuple[ReadQueue, Gate, MemoryReader, "queue.SimpleQueue[Completion]"]:
+    gate = Gate()
+    reader = MemoryReader(gate)
+    return ReadQueue(reader, threads, piece_bytes=PAGE), gate, reader, queue.SimpleQueue()
+
+
+def test_prefetch_pieces_start_only_when_no_demand_piece_waits() -> None:
+    reads, gate, reader, done = gated_queue()
+    for tag, first, is_prefetch in (("guess", 20, True), ("first", 1, False), ("second", 5, False)):
+        reads.submit(tag, pages(first, 2), slot_for(pages(first, 2)), done, is_prefetch)
+        if is_prefetch:
+            assert gate.begun.get(timeout=20) == 20  # nobody else was there
+    gate.let_go.release(6)
+    assert [done.get(timeout=20).tag for _ in range(3)] == ["first", "second", "guess"]
+    assert reader.pages_read == [20, 1, 2, 5, 6, 21]
+    reads.close()
+
+
+def test_prefetch_never_takes_all_threads() -> None:
+    """A demand read that comes meanwhile finds the drive's own queue short."""
+    reads, gate, _, done = gated_queue(threads=4)
+    reads.submit("guess", pages(20, 8), slot_for(pages(20, 8)), done, prefetch=True)
+    assert sorted(gate.begun.get(timeout=20) for _ in range(PREFETCH_THREADS)) == [20, 21]
+    reads.submit("wanted", pages(1, 2), slot_for(pages(1, 2)), done)
+    assert sorted(gate.begun.get(timeout=20) for _ in range(2)) == [1, 2]
+    gate.let_go.release(10)
+    assert {done.get(timeout=20).tag for _ in range(2)} == {"wanted", "guess"}
+    reads.close()
+
+
+def test_a_prefetch_read_that_has_not_begun_is_withdrawn_and_another_stops_between_pieces() -> None:
+    reads, gate, reader, done = gated_queue()
+    begun = reads.submit("begun", pages(10, 5), slot_for(pages(10, 5)), done, prefetch=True)
+    waits = reads.submit("waits", pages(20, 5), slot_for(pages(20, 5)), done, prefetch=True)
+    assert gate.begun.get(timeout=20) == 10
+    assert reads.cancel(waits) and not reads.is_pending("waits")
+    assert not reads.cancel(begun) and reads.is_pending("begun")
+    gate.let_go.release()
+    completion = done.get(timeout=20)
+    assert (completion.tag, completion.views, completion.read_bytes) == ("begun", None, PAGE)
+    assert "cancelled" in str(completion.error)
+    gate.let_go.release(3)
+    reads.submit("later", pages(30, 2), slot_for(pages(30, 2)), done)
+    assert done.get(timeout=20).tag == "later" and done.empty()
+    assert reader.pages_read == [10, 30, 31]
+    reads.close()
+
+
+def test_what_has_arrived_or_is_wanted_is_not_cancelled() -> None:
+    reads, gate, _, done = gated_queue()
+    gate.let_go.release(9)
+    guess = reads.submit("guess", pages(1, 1), slot_for(pages(1, 1)), done, prefetch=True)
+    assert done.get(timeout=20).error is None
+    wanted = reads.submit("wanted", pages(2, 1), slot_for(pages(2, 1)), done)
+    assert not reads.cancel(guess) and not reads.cancel(wanted)
+    assert done.get(timeout=20).error is None
+    reads.promote(guess)  # too late, and no harm
+    reads.close()
+
+
+def test_a_promoted_prefetch_read_goes_before_the_other_guesses_and_behind_the_demand_reads() -> None:
+    reads, gate, _, done = gated_queue()
+    order = (("first", 1, False), ("guess", 10, True), ("wanted", 20, True), ("second", 30, False))
+    requests = {
+        tag: reads.submit(tag, pages(at, 1), slot_for(pages(at, 1)), done, is_prefetch)
+        for tag, at, is_prefetch in order
+    }
+    assert gate.begun.get(timeout=20) == 1
+    reads.promote(requests["wanted"])
+    gate.let_go.release(4)
+    assert [done.get(timeout=20).tag for _ in range(4)] == ["first", "second", "wanted", "guess"]
+    reads.close()
+
+
+def test_the_time_that_demand_reads_take_is_what_guesses_leave_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("storage.read_queue.time.perf_counter", lambda: now_s)
+
+    def takes_a_second(page: int) -> None:
+        nonlocal now_s
+        now_s += 1.0
+
+    done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
+    reads = ReadQueue(MemoryReader(takes_a_second), threads=1, piece_bytes=PAGE)
+    for count, is_prefetch in ((3, True), (2, False)):
+        reads.submit(0, pages(0, count), slot_for(pages(0, count)), done, is_prefetch)
+        done.get(timeout=20)
+    assert (reads.busy_s, reads.demand_busy_s) == (5.0, 2.0)
+    reads.close()
 
 
 @given(nbytes=st.integers(1, 1 << 20), piece_pages=st.integers(1, 64))

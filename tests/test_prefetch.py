@@ -1,0 +1,228 @@
+"""Prefetch: what guesses do in the cache, when they are asked for, and that they change nothing that is
+computed."""
+
+import queue
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from engines import build_engine, greedy
+from test_expert_cache import EXPERT_BYTES, ScriptedDrive, fetch, make_cache, stream
+from torch import Tensor
+
+from flashmoe import prefetch
+from flashmoe.engine import Engine
+from flashmoe.expert_cache import ExpertCache, _Read
+from flashmoe.predictors import ExpertMaps, LearnedPredictor, NextRouter, TransitionTable
+from flashmoe.prefetch import Guess, Prefetcher, Trial
+from storage.expert_reader import ReadPlan
+from storage.read_queue import Completion, Request
+from storage.storage_errors import ReadError
+
+
+class PatientDrive(ScriptedDrive):
+    """Demand reads arrive at once, guesses when `arrive` is called or when they are promoted. Guesses that
+    have `begun` cannot be withdrawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: dict[Request, tuple[_Read, ReadPlan, memoryview, queue.SimpleQueue[Completion]]] = {}
+        self.broken_guesses: set[tuple[int, int]] = set()
+        self.begun = False
+
+    def submit(self, tag, plan, slot, done, prefetch=False):  # type: ignore[no-untyped-def]
+        if not prefetch:
+            return super().submit(tag, plan, slot, done)
+        request = Request(tag, plan, slot, done, True)
+        self.waiting[request] = (tag, plan, slot, done)
+        return request
+
+    def arrive(self) -> None:
+        for request in list(self.waiting):
+            self.promote(request)
+
+    def promote(self, request: Request) -> None:
+        if request in self.waiting:
+            tag, plan, slot, done = self.waiting.pop(request)
+            healthy, self.broken = self.broken, self.broken | self.broken_guesses
+            super().submit(tag, plan, slot, done)
+            self.broken = healthy
+
+    def cancel(self, request: Request) -> bool:
+        if self.begun:
+            tag, _, _, done = self.waiting.pop(request)
+            done.put(Completion(tag, None, ReadError("cancelled"), EXPERT_BYTES // 2, 0.0))
+        return not self.begun and self.waiting.pop(request, None) is not None
+
+
+def make_patient(slots: int = 4, spare: int = 2, layers: int = 2):  # type: ignore[no-untyped-def]
+    return make_cache(slots, layers, drive=PatientDrive(), spare=spare)
+
+
+def test_a_guess_that_has_arrived_is_served_with_the_hits_and_is_a_miss_of_the_policy() -> None:
+    cache, drive = make_patient()
+    cache.prefetch([(0, 1), (0, 2)], 2)
+    drive.arrive()
+    assert fetch(cache, 0, [3, 2, 1]) == [2, 1, 3]
+    assert drive.asked == [(0, 1), (0, 2), (0, 3)]
+    c = cache.counters
+    assert (c.hits, c.misses, c.prefetch_issued, c.prefetch_hits) == (0, 3, 2, 2)
+    assert c.bytes_read == 3 * EXPERT_BYTES and c.prefetch_bytes_wasted == 0
+
+
+def test_a_guess_still_in_flight_becomes_a_demand_read() -> None:
+    cache, drive = make_patient()
+    cache.prefetch([(0, 1)], 2)
+    assert fetch(cache, 0, [2, 1]) == [1, 2]
+    assert cache.counters.prefetch_late == 1 and drive.asked == [(0, 1), (0, 2)]
+
+
+def test_a_wrong_guess_evicts_nothing_and_its_slot_is_free_again() -> None:
+    cache, drive = make_patient()
+    fetch(cache, 0, [0, 1])
+    fetch(cache, 1, [0, 1])
+    for arrives, begun in ((True, False), (False, False), (False, True)):
+        cache.prefetch([(0, 6), (0, 7)], 2)
+        drive.begun = begun
+        if arrives:
+            drive.arrive()
+        fetch(cache, 0, [0, 1])
+        assert cache.resident == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    stream(cache, 1, [0, 1])  # a prefill takes every spare slot
+    assert len(cache._free) == 2
+    c = cache.counters
+    assert (c.prefetch_wasted, c.prefetch_cancelled) == (2, 4)
+    assert c.prefetch_bytes_wasted == 2 * EXPERT_BYTES + 2 * (EXPERT_BYTES // 2)
+
+
+def test_only_what_is_not_in_memory_is_asked_for_and_no_more_than_there_is_room() -> None:
+    cache, drive = make_patient()
+    fetch(cache, 0, [0, 1])
+    cache.prefetch([(0, 0), (1, 4)], 1)
+    cache.prefetch([(1, 4), (1, 5), (1, 6)], 9)
+    assert [request.tag.key for request in drive.waiting] == [(1, 4), (1, 5)]
+    plain, _ = make_cache(4)
+    plain.prefetch([(0, 0)], 1)  # no spare slots, no guesses
+    assert plain.counters.prefetch_issued == 0
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_a_guess_that_cannot_be_read_is_nobodys_error_and_is_read_again_when_asked_for(arrives: bool) -> None:
+    cache, drive = make_patient()
+    drive.broken_guesses = {(0, 1), (0, 2)}
+    cache.prefetch([(0, 1), (0, 2)], 2)
+    if arrives:
+        drive.arrive()
+    assert sorted(fetch(cache, 0, [1, 3])) == [1, 3]
+    assert cache.counters.prefetch_failed == (2 if arrives else 1)
+    drive.broken = {(0, 4)}
+    cache.prefetch([(0, 4)], 1)
+    with pytest.raises(ReadError):  # asked for, it is an error like any other
+        fetch(cache, 0, [4])
+    assert sorted(fetch(cache, 0, [1, 2, 3, 5])) == [1, 2, 3, 5]
+
+
+class Anything:
+    """Guesses experts of all layers at random."""
+
+    def __init__(self) -> None:
+        self.random = random.Random(0)
+
+    def forward_begins(self, token_ids: Sequence[int]) -> None:
+        pass
+
+    def predict(self, layer: int, x: Tensor, routed: Sequence[int], scores: Sequence[float]) -> list[Guess]:
+        return [Guess(self.random.randrange(3), self.random.randrange(8), 1.0) for _ in range(6)]
+
+
+def add_prefetcher(engine: Engine, kind: str, monkeypatch: pytest.MonkeyPatch) -> Prefetcher:
+    decoder = engine.decoder
+    config, weights = decoder.config, decoder._weights
+    predictor = {
+        "next router": lambda: NextRouter(config, weights, decoder.kernels),
+        "two layers ahead": lambda: NextRouter(config, weights, decoder.kernels, horizon=2),
+        "transitions": lambda: TransitionTable(config),
+        "maps": lambda: ExpertMaps(config, decoder.embed),
+        "learned": lambda: LearnedPredictor(config),
+        "anything": Anything,
+    }[kind]()
+    decoder.prefetcher = Prefetcher(predictor, 4)
+    monkeypatch.setattr(decoder.prefetcher._clock, "reads_that_fit", lambda cache: 4)
+    return decoder.prefetcher
+
+
+KINDS = ("next router", "two layers ahead", "transitions", "maps", "learned", "anything")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("broken", [False, True])
+def test_tokens_hits_and_misses_are_the_same_with_guesses_and_without(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, kind: str, broken: bool
+) -> None:
+    prompts = ([5, 9, 200, 30, 7, 41], [17] * 40)
+    plain = build_engine(tiny_model, slots=6, spare=3)
+    expected = [greedy(plain, prompt, 20) for prompt in prompts]
+    engine = build_engine(tiny_model, slots=6, spare=3)
+    add_prefetcher(engine, kind, monkeypatch)
+    cache = engine.decoder.experts
+    if broken:  # a drive that fails whenever it reads ahead
+        submit, guessed = cache._reads.submit, set[int]()
+        read_run = cache._reader.read_run
+
+        def note(tag, plan, slot, done, prefetch=False):  # type: ignore[no-untyped-def]
+            (guessed.add if prefetch else guessed.discard)(id(plan.runs[0]))
+            return submit(tag, plan, slot, done, prefetch=prefetch)
+
+        def read_or_fail(run, *args):  # type: ignore[no-untyped-def]
+            if id(run) in guessed:
+                raise ReadError("broken")
+            return read_run(run, *args)
+
+        monkeypatch.setattr(cache._reads, "submit", note)
+        monkeypatch.setattr(cache._reader, "read_run", read_or_fail)
+    assert [greedy(engine, prompt, 20) for prompt in prompts] == expected
+    with_guesses, without = cache.counters, plain.decoder.experts.counters
+    assert (with_guesses.hits, with_guesses.misses) == (without.hits, without.misses)
+    c = with_guesses
+    assert c.prefetch_issued > 0 and (c.prefetch_failed > 0) == broken
+    assert not broken or c.prefetch_hits == 0
+    for each in (engine, plain):
+        each.decoder.experts.close()
+
+
+def test_a_trial_says_whether_guessing_pays_and_asks_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "VERDICT_TOKENS", 10)
+    for with_it, without, verdict in ((1.0, 1.2, True), (1.2, 1.0, False), (1.0, 1.0, False)):
+        trial = Trial()
+        for _ in range(2 * prefetch.TURNS * prefetch.TURN_TOKENS):
+            trial.token_took(with_it if trial.on else without)
+        assert trial.on == verdict and trial.gain == 1 - with_it / without
+        for _ in range(10):
+            assert trial.on == verdict
+            trial.token_took(9.0)
+        assert trial.on  # a new trial begins
+
+
+def test_the_next_router_guesses_better_than_chance(tiny_model: Path) -> None:
+    engine = build_engine(tiny_model)
+    decoder = engine.decoder
+    predictor = NextRouter(decoder.config, decoder._weights, decoder.kernels)
+    right, guessed = [], {}
+
+    class Watcher:
+        def forward_begins(self, token_ids: Sequence[int]) -> None:
+            pass
+
+        def routed(
+            self, cache: ExpertCache, layer: int, x: Tensor, routed: Sequence[int], scores: Sequence[float]
+        ) -> None:
+            if layer in guessed:
+                right.append(len(guessed[layer].intersection(routed)) / len(routed))
+            guesses = predictor.predict(layer, x, routed, scores)
+            guessed.update({layer + 1: {guess.expert for guess in guesses}} if guesses else {})
+            assert all(guess.layer == layer + 1 and 0 < guess.confidence <= 1 for guess in guesses)
+
+    decoder.prefetcher = Watcher()  # type: ignore[assignment]
+    greedy(engine, [5, 6, 7], 30)
+    assert sum(right) / len(right) > 2 * 2 / 8
