@@ -59,7 +59,7 @@ def next_uses(trace: RoutingTrace) -> tuple[NDArray[np.int64], NDArray[np.int64]
     layers, k, experts = trace.layers, trace.top_k, trace.num_experts
     steps = np.repeat(trace.step_numbers()[:, :, None], k, axis=2).ravel()
     expert = (np.arange(layers)[None, :, None] * experts + trace.experts.astype(np.int64)).ravel()
-    order = np.lexsort((steps, expert))  # the uses of each expert, one behind the other
+    order = np.argsort(expert, kind="stable")  # each expert's uses, one behind the other, in order of rows
     same = expert[order][1:] == expert[order][:-1]
     following = np.full(len(order), NEVER, dtype=np.int64)
     following[order[:-1][same]] = steps[order[1:][same]]
