@@ -18,7 +18,7 @@ from typing import Any
 from flashmoe.budget import BudgetPlan
 from flashmoe.config import RunConfig
 from flashmoe.errors import ConfigError, FlashMoEError
-from flashmoe.loader import load_engine, open_cache, open_model, plan_model
+from flashmoe.loader import load_engine, open_cache, open_model, open_prefetcher, plan_model
 from flashmoe.model_source import Progress, find_model
 from flashmoe.sampler import Sampler, SamplingParams, StopStrings
 from flashmoe.stats import GenerationStats, TokenStats
@@ -89,6 +89,7 @@ class LLM:
         if on_plan is not None:
             on_plan(self.plan)
         loaded = load_engine(self._opened, self.plan, self.run_config, progress)
+        self._weights = loaded.weights
         self.engine, self.expert_cache, self.probed = loaded.engine, loaded.cache, loaded.probed
         self.dense_load_s = loaded.dense_load_s
         self._closed = False
@@ -185,12 +186,21 @@ class LLM:
             return "length"
         return "context" if self.engine.is_full else None
 
-    def use_policy(self, policy: str) -> None:
-        """Go on with empty slots under another policy, which has seen nothing; weights and KV cache stay."""
-        self.run_config = replace(self.run_config, policy=policy)
+    def use_policy(self, policy: str, prefetch: str | None = None) -> None:
+        """Go on with empty slots under another policy, which has seen nothing; weights and KV cache stay.
+
+        `prefetch`: another one, too; None leaves it as it is.
+        """
+        self.run_config = run = replace(
+            self.run_config,
+            policy=policy,
+            prefetch=self.run_config.prefetch if prefetch is None else prefetch,
+        )
         self.expert_cache.close()
-        self.expert_cache = open_cache(self._opened, self.plan, self.run_config, self.probed.reader)
-        self.engine.decoder.experts = self.expert_cache
+        decoder = self.engine.decoder
+        self.expert_cache = open_cache(self._opened, self.plan, run, self.probed.reader)
+        decoder.experts = self.expert_cache
+        decoder.prefetcher = open_prefetcher(self.config, self._weights, decoder.kernels, run)
 
     def close(self) -> None:
         """Free the expert slots and close the files; safe to call twice."""

@@ -184,7 +184,10 @@ def _add_compare(commands: "Commands") -> None:
     add("--generate", type=_count, metavar="N", help="tokens of an answer (default: 64)")
     add("--max-tokens", type=_count, metavar="N", help="end a round after N tokens")
     add("--repeat", type=_count, metavar="N", help="rounds, every policy once in each (default: 5)")
-    _add_running_options(parser, policy=False)
+    add(
+        "--prefetch", type=_names, metavar="off,auto,N", help="compare each policy under these (default: off)"
+    )
+    _add_running_options(parser, one_policy=False)
 
 
 def _add_command(commands: "Commands", name: str, summary: str) -> argparse.ArgumentParser:
@@ -216,9 +219,10 @@ def _add_bare_command(commands: "Commands", name: str, summary: str) -> argparse
     return parser
 
 
-def _add_running_options(parser: argparse.ArgumentParser, policy: bool = True) -> None:
+def _add_running_options(parser: argparse.ArgumentParser, one_policy: bool = True) -> None:
+    """`one_policy`: with the options of which there may be several where policies are compared."""
     add = parser.add_argument
-    if policy:
+    if one_policy:
         add(
             "--policy",
             choices=_PolicyNames(),

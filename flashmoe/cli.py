@@ -32,7 +32,7 @@ EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 128 + 2, 128 + 13  # as a shell reports SIG
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "max_tokens")
 # Options of `compare` that say nothing without --trace, or without --prompts.
 ON_TRACES = ("capacity", "scope", "holdout", "plot", "jobs")
-LIVE = ("model", "context", "generate", "max_tokens", "repeat")
+LIVE = ("model", "context", "generate", "max_tokens", "repeat", "prefetch")
 FULL = "--context N holds more"
 
 
@@ -288,14 +288,19 @@ def _replay(arguments: argparse.Namespace, screen: Screen, show: Callable[[str],
 
 
 def _compare_live(arguments: argparse.Namespace, screen: Screen, show: Callable[[str], None]) -> int:
-    from flashmoe.compare_live import LiveOptions, compare_live
+    from flashmoe.compare_live import Contender, LiveOptions, compare_live
+    from flashmoe.config import RunConfig
     from flashmoe.documents import read_documents
 
     documents: list[Document] = read_documents(arguments.prompts)
     policies = arguments.policies or ["lru", "lfu", "lfru"]
+    guesses = arguments.prefetch or ["off"]
+    for value in guesses:  # a bad one should not wait for the model to load
+        RunConfig(prefetch=value)
+    contenders = [Contender(policy, prefetch) for policy in policies for prefetch in guesses]
     options = LiveOptions(arguments.generate or 64, arguments.max_tokens, arguments.repeat or 5)
     with _load_llm(arguments, screen, policies[0], arguments.seed) as llm:
-        compared = compare_live(llm, documents, policies, options, screen.remark)
+        compared = compare_live(llm, documents, contenders, options, screen.remark)
     show(_table(compared.table(), " | "))
     show(
         f"{compared.prompts} prompts, {compared.tokens} tokens, the same under every policy; medians of"

@@ -1,5 +1,5 @@
-"""Compare cache policies on a running model: the same conversations under each, in rounds, so that a drive or
-a neighbour that gets slower does so for all of them.
+"""Compare policies and prefetch on a running model: the same conversations under each, in rounds, so that a
+drive or a neighbour that gets slower does so for all of them.
 
 A policy begins every round with empty slots and no knowledge. Answers are greedy, and must be the same tokens
 under every policy. Prints nothing.
@@ -8,7 +8,7 @@ under every policy. Prints nothing.
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from flashmoe.api import LLM
 from flashmoe.bench import BenchResult, Repetition
@@ -22,9 +22,19 @@ _FIGURES = ("tokens_per_s", "hit_rate", "mb_per_token", "stall_share", "read_mb_
             "share_of_bound")  # fmt: skip
 
 
+class Contender(NamedTuple):
+    """A policy, and how many guesses are read ahead under it: "off", "auto" or a number."""
+
+    policy: str
+    prefetch: str
+
+    def __str__(self) -> str:
+        return self.policy if self.prefetch == "off" else f"{self.policy}, prefetch {self.prefetch}"
+
+
 @dataclass(frozen=True, slots=True)
 class LiveOptions:
-    """`answer_tokens`: at most, for each turn. `max_tokens`: of one policy in one round, None: no end."""
+    """`answer_tokens`: at most, for each turn. `max_tokens`: of one contender in one round, None: no end."""
 
     answer_tokens: int
     max_tokens: int | None
@@ -33,20 +43,20 @@ class LiveOptions:
 
 @dataclass(frozen=True, slots=True)
 class LiveComparison:
-    """One result a policy, its rounds as repetitions. All figures are of decoding."""
+    """One result a contender, its rounds as repetitions. All figures are of decoding."""
 
-    results: tuple[BenchResult, ...]
+    results: dict[Contender, BenchResult]
     prompts: int
     tokens: int  # of one round
     too_long: int  # conversations that ended where the context did
 
     def table(self) -> list[tuple[str, ...]]:
-        return [COLUMNS, *map(_cells, self.results)]
+        return [COLUMNS, *map(_cells, self.results.values())]
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs: a row a policy, medians with the least and most of the speed, and every round."""
+        """For programs: a row a contender, medians with the least and most of the speed, and every round."""
         return {
-            "rows": [_row(result) for result in self.results],
+            "rows": [_row(contender, result) for contender, result in self.results.items()],
             "prompts": self.prompts,
             "tokens": self.tokens,
             "identical_tokens": True,  # or there would have been an error
@@ -57,41 +67,41 @@ class LiveComparison:
 def compare_live(
     llm: LLM,
     documents: Sequence[Document],
-    policies: Sequence[str],
+    contenders: Sequence[Contender],
     options: LiveOptions,
     progress: Callable[[str], None] = lambda what: None,
 ) -> LiveComparison:
-    """Answer the conversations of `documents`, categories in turn, under each policy, `repeat` times.
+    """Answer the conversations of `documents`, categories in turn, under each contender, `repeat` times.
 
-    Raises ConfigError for an unknown policy or documents without prompts, FlashMoEError if the tokens of two
-    policies differ.
+    Raises ConfigError for an unknown policy or prompts that decode nothing, FlashMoEError if the tokens of
+    two contenders differ.
     """
     chats = list(in_turn((d.dataset, d.turns or (d.text,)) for d in documents))
-    policies = list(dict.fromkeys(policies))
-    rounds: dict[str, list[Repetition]] = {policy: [] for policy in policies}
+    contenders = list(dict.fromkeys(contenders))
+    rounds: dict[Contender, list[Repetition]] = {contender: [] for contender in contenders}
     expected: _Answers | None = None
     for number in range(options.repeat):
         # Who begins changes: whatever follows a pause or the first reads of a file is nobody's habit.
-        begin = number % len(policies)
-        for policy in policies[begin:] + policies[:begin]:
-            progress(f"{policy}, round {number + 1} of {options.repeat}")
-            llm.use_policy(policy)
+        begin = number % len(contenders)
+        for contender in contenders[begin:] + contenders[:begin]:
+            progress(f"{contender}, round {number + 1} of {options.repeat}")
+            llm.use_policy(contender.policy, contender.prefetch)
             answers = _answer(llm, chats, options)
-            rounds[policy].append(answers.repetition(llm.probed.read_mb_per_s))
+            rounds[contender].append(answers.repetition(llm.probed.read_mb_per_s))
             if expected is not None and answers.token_ids != expected.token_ids:
                 raise FlashMoEError(
-                    f"under {policy} the model gave other tokens than under {policies[0]}: a policy must"
-                    " never change them; please report this"
+                    f"under {contender} the model gave other tokens than under {contenders[0]}: neither"
+                    " policy nor prefetch may ever change them; please report this"
                 )
             expected = expected or answers
     assert expected is not None
-    results = tuple(BenchResult(policy, tuple(repetitions)) for policy, repetitions in rounds.items())
+    results = {each: BenchResult(str(each), tuple(repetitions)) for each, repetitions in rounds.items()}
     tokens = sum(map(len, expected.token_ids))
     return LiveComparison(results, len(expected.token_ids), tokens, expected.too_long)
 
 
 class _Answers:
-    """What one policy did in one round: ids of each conversation, and what its decode steps took."""
+    """What one contender did in one round: ids of each conversation, and what its decode steps took."""
 
     def __init__(self) -> None:
         self.token_ids: list[list[int]] = []
@@ -162,10 +172,11 @@ def _cells(result: BenchResult) -> tuple[str, ...]:
     )
 
 
-def _row(result: BenchResult) -> dict[str, Any]:
+def _row(contender: Contender, result: BenchResult) -> dict[str, Any]:
     least, most = result.spread("tokens_per_s")
     return {
-        "policy": result.name,
+        "policy": contender.policy,
+        "prefetch": contender.prefetch,
         **{figure: result.median(figure) for figure in _FIGURES},
         "least_tokens_per_s": least,
         "most_tokens_per_s": most,

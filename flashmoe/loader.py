@@ -99,6 +99,7 @@ class LoadedEngine:
     """An engine ready for tokens, and what was measured on the way."""
 
     engine: Engine
+    weights: DenseWeights
     cache: ExpertCache
     probed: ProbeResult
     dense_load_s: float
@@ -135,9 +136,9 @@ def load_engine(
         decoder = Decoder(
             model.config, weights, cache, plan.context, kernels, model.expert_format, run.exact_activations
         )
-        decoder.prefetcher = _prefetcher(model.config, weights, kernels, run)
+        decoder.prefetcher = open_prefetcher(model.config, weights, kernels, run)
         engine = Engine(decoder)
-    return LoadedEngine(engine, cache, probed, dense_load_s)
+    return LoadedEngine(engine, weights, cache, probed, dense_load_s)
 
 
 def open_cache(model: OpenedModel, plan: BudgetPlan, run: RunConfig, reader_name: str) -> ExpertCache:
@@ -164,9 +165,10 @@ def _geometry(config: ModelConfig, slots: int, run: RunConfig) -> Geometry:
     return Geometry(layers, config.num_experts, top_k, capacity, per_layer)
 
 
-def _prefetcher(
+def open_prefetcher(
     config: ModelConfig, weights: DenseWeights, kernels: Context, run: RunConfig
 ) -> Prefetcher | None:
+    """What `run.prefetch` asks for, having measured nothing yet; None: nothing."""
     if run.prefetch == "off":
         return None
     automatic = run.prefetch == "auto"

@@ -50,7 +50,8 @@ def recorder_for(llm: LLM, name: str, spool_folder: Path | None = None) -> Trace
         "top_k": c.num_experts_per_tok,
         "policy": llm.expert_cache.policy.name,
         "slots": llm.plan.slots,
-        "scope": "global",
+        "scope": llm.run_config.scope,
+        "prefetch": llm.run_config.prefetch,
     }
     return TraceRecorder(c.num_moe_layers, c.num_experts, c.num_experts_per_tok, meta, spool_folder)
 

@@ -267,6 +267,7 @@ def test_all_policies_are_compared_by_default(trace_file: Path, capsys: pytest.C
         (["--trace", "a.npz", "--model", "m"], "--model belongs to --prompts FILE"),
         (["--trace", "a.npz", "--max-tokens", "3"], "--max-tokens belongs to --prompts FILE"),
         (["--prompts", "a.txt", "--capacity", "8"], "--capacity belongs to --trace FILE"),
+        (["--trace", "a.npz", "--prefetch", "off"], "--prefetch belongs to --prompts FILE"),
         (["--prompts", "a.txt", "--plot", "a.png"], "--plot belongs to --trace FILE"),
         (["--prompts", "a.txt", "--policies", "belady"], "unknown policy 'belady'"),
         (["--trace", "a.npz", "--policies", "best"], "unknown policy 'best'; known are lru"),
@@ -319,6 +320,7 @@ def test_live_all_policies_give_the_same_tokens(live: list[str], capsys: pytest.
     assert [row["policy"] for row in report["rows"]] == ["lfu", "lru"]
     assert (report["model"], report["prompts"], report["tokens"]) == ("mixtral", 2, 18)
     assert report["identical_tokens"] is True
+    assert {row["prefetch"] for row in report["rows"]} == {"off"}
     for row in report["rows"]:
         assert [each["tokens"] for each in row["rounds"]] == [15, 15]  # the first of an answer is prefill's
         assert row["least_tokens_per_s"] <= row["tokens_per_s"] <= row["most_tokens_per_s"]
@@ -339,6 +341,16 @@ def test_live_prints_a_table(live: list[str], capsys: pytest.CaptureFixture[str]
     assert err == ""
 
 
+def test_live_every_policy_meets_every_prefetch(live: list[str], capsys: pytest.CaptureFixture[str]):
+    report = run_json([*live, "--policies", "lfu,lru", "--prefetch", "off,2,auto"], capsys)
+    contenders = [(row["policy"], row["prefetch"]) for row in report["rows"]]
+    assert contenders == [
+        (policy, prefetch) for policy in ("lfu", "lru") for prefetch in ("off", "2", "auto")
+    ]
+    assert cli.main(["compare", *live, "--prefetch", "often"]) == 1
+    assert "--prefetch 'often' is not auto, off or a number" in capsys.readouterr().err
+
+
 def test_live_tokens_that_depend_on_the_policy_are_an_error(
     live: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -346,8 +358,8 @@ def test_live_tokens_that_depend_on_the_policy_are_an_error(
 
     use_policy = LLM.use_policy
 
-    def change_a_weight(llm: LLM, policy: str) -> None:
-        use_policy(llm, policy)
+    def change_a_weight(llm: LLM, policy: str, prefetch: str) -> None:
+        use_policy(llm, policy, prefetch)
         if policy == "lfu":
             llm.engine.decoder._weights.norm.neg_()
 
