@@ -126,6 +126,7 @@ def test_long_runs_of_single_tokens_are_cut() -> None:
     assert list(make_trace(rows).spans()) == [(0, SPAN, False), (SPAN, SPAN + 3, False)]
 
 
+@settings(deadline=None)
 @given(trace=traces(chunks=True))
 def test_spans_cover_every_row_once_and_chunks_are_the_forwards_of_more_than_one(trace: RoutingTrace) -> None:
     spans = list(trace.spans())
@@ -146,6 +147,7 @@ def events_of(trace: RoutingTrace) -> list[tuple[int, int]]:
     ]
 
 
+@settings(deadline=None)
 @given(trace=traces(chunks=True))
 def test_step_numbers_count_the_events_that_came_before(trace: RoutingTrace) -> None:
     numbers = trace.step_numbers()
@@ -167,6 +169,7 @@ class Witness(CachePolicy):
         return sorted(candidates)[:n]
 
 
+@settings(deadline=None)
 @given(trace=traces(chunks=True))
 def test_a_policy_sees_every_event_once_and_in_order(trace: RoutingTrace) -> None:
     witness = Witness()
@@ -246,6 +249,7 @@ def serve(
 
 @every_policy
 @settings(deadline=None, max_examples=50)
+@settings(deadline=None)
 @given(data=st.data(), trace=traces(chunks=True))
 def test_hits_are_the_same_in_whatever_order_reads_finish(
     name: str, data: st.DataObject, trace: RoutingTrace
@@ -258,6 +262,7 @@ def test_hits_are_the_same_in_whatever_order_reads_finish(
 
 @every_policy
 @settings(deadline=None, max_examples=50)
+@settings(deadline=None)
 @given(data=st.data(), trace=traces(chunks=True), spare=st.integers(0, 2))
 def test_a_chunk_plan_keeps_to_the_slots_and_names_every_expert_once(
     name: str, data: st.DataObject, trace: RoutingTrace, spare: int
@@ -285,6 +290,7 @@ def test_a_chunk_plan_keeps_to_the_slots_and_names_every_expert_once(
 
 @every_policy
 @settings(deadline=None, max_examples=50)
+@settings(deadline=None)
 @given(data=st.data(), trace=traces(chunks=True), spare=st.integers(0, 2))
 def test_replay_counts_what_residency_decides(
     name: str, data: st.DataObject, trace: RoutingTrace, spare: int
@@ -333,6 +339,7 @@ def test_emptying_the_cache_leaves_nobody_and_the_policy_goes_on() -> None:
 # Belady
 
 
+@settings(deadline=None)
 @given(trace=traces(chunks=True))
 def test_next_uses_are_what_a_loop_finds(trace: RoutingTrace) -> None:
     following, first = next_uses(trace)
@@ -351,6 +358,7 @@ def test_next_uses_are_what_a_loop_finds(trace: RoutingTrace) -> None:
 
 
 @pytest.mark.parametrize("name", sorted({*REPLAY_NAMES} - {"belady"}))
+@settings(deadline=None)
 @settings(deadline=None)
 @given(data=st.data(), trace=traces())
 def test_no_policy_has_more_hits_than_belady(name: str, data: st.DataObject, trace: RoutingTrace) -> None:
@@ -384,6 +392,7 @@ def most_hits(trace: RoutingTrace, geometry: Geometry) -> int:
 
 
 @settings(deadline=None, max_examples=60)
+@settings(deadline=None)
 @given(data=st.data(), trace=traces(tokens=5, experts=4))
 def test_belady_has_the_most_hits_that_can_be_had(data: st.DataObject, trace: RoutingTrace) -> None:
     geometry = data.draw(geometries(trace))
