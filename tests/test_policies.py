@@ -114,7 +114,6 @@ sorting = st.sampled_from([0, 4, 10**6])  # how many candidates still count as f
 
 @every_policy
 @settings(deadline=None)
-@settings(deadline=None)
 @given(trace=traces, capacity=capacities, few=sorting, seed=st.integers(0, 3))
 def test_any_policy_keeps_the_contract_on_any_trace(
     name: str, trace: list[Event], capacity: int, few: int, seed: int
@@ -127,7 +126,6 @@ def test_any_policy_keeps_the_contract_on_any_trace(
 
 @every_policy
 @settings(deadline=None)
-@settings(deadline=None)
 @given(trace=traces, capacity=capacities, seed=st.integers(0, 3))
 def test_the_same_trace_gives_the_same_victims_in_whatever_order_reads_finish(
     name: str, trace: list[Event], capacity: int, seed: int
@@ -139,7 +137,6 @@ def test_the_same_trace_gives_the_same_victims_in_whatever_order_reads_finish(
 
 @every_policy
 @settings(deadline=None, max_examples=50)
-@settings(deadline=None)
 @given(trace=traces, capacity=capacities)
 def test_the_experts_of_an_event_are_a_set(name: str, trace: list[Event], capacity: int) -> None:
     """Their places in the top-k, which small differences of router weights can swap, do not count."""
@@ -149,7 +146,6 @@ def test_the_experts_of_an_event_are_a_set(name: str, trace: list[Event], capaci
 
 
 @pytest.mark.parametrize("name", ["lfu", "lfu-aged", "lfru", "fifo", "random", "least-stale"])
-@settings(deadline=None)
 @settings(deadline=None)
 @given(trace=traces, capacity=capacities)
 def test_few_and_many_candidates_are_judged_alike(name: str, trace: list[Event], capacity: int) -> None:
@@ -161,7 +157,6 @@ def test_few_and_many_candidates_are_judged_alike(name: str, trace: list[Event],
 
 
 @pytest.mark.parametrize("name", ["lru", "lfu", "lfu-aged", "lfru", "paper"])
-@settings(deadline=None)
 @settings(deadline=None)
 @given(trace=traces, capacity=capacities)
 def test_what_a_policy_knows_of_an_expert_survives_its_eviction(
@@ -208,7 +203,6 @@ def test_candidates_never_reported_as_inserted_can_leave_all_the_same(name: str)
 
 
 @every_policy
-@settings(deadline=None)
 @settings(deadline=None)
 @given(chunk=st.lists(routed_sets, min_size=1, max_size=12), others=st.integers(0, 3), data=st.data())
 def test_a_chunks_experts_may_leave_before_they_were_ever_resident(
@@ -306,7 +300,6 @@ class OrderedDictLRU(CachePolicy):
         return [expert for expert in self.order if expert in candidates][:n]
 
 
-@settings(deadline=None)
 @settings(deadline=None)
 @given(trace=traces, capacity=capacities)
 def test_lru_does_what_an_ordered_dict_does(trace: list[Event], capacity: int) -> None:
@@ -495,7 +488,6 @@ def arc_of_the_paper(requested: list[int], c: int) -> list[int]:
 
 
 @settings(deadline=None)
-@settings(deadline=None)
 @given(requested=requests, capacity=sizes)
 def test_arc_does_what_its_paper_says(requested: list[int], capacity: int) -> None:
     assert victims_one_by_one(ARC(capacity), requested, capacity) == arc_of_the_paper(requested, capacity)
@@ -539,7 +531,6 @@ def sieve_of_the_paper(requested: list[int], c: int) -> list[int]:
     return victims
 
 
-@settings(deadline=None)
 @settings(deadline=None)
 @given(requested=requests, capacity=sizes)
 def test_sieve_does_what_its_paper_says(requested: list[int], capacity: int) -> None:
@@ -608,7 +599,6 @@ def s3fifo_of_the_paper(requested: list[int], c: int) -> list[int]:
 
 
 @settings(deadline=None)
-@settings(deadline=None)
 @given(requested=requests, capacity=sizes)
 def test_s3_fifo_does_what_its_paper_says(requested: list[int], capacity: int) -> None:
     wanted = s3fifo_of_the_paper(requested, capacity)
@@ -659,7 +649,6 @@ def lecar_of_the_paper(requested: list[int], n: int, seed: int) -> list[int]:
     return victims
 
 
-@settings(deadline=None)
 @settings(deadline=None)
 @given(requested=requests, capacity=sizes, seed=st.integers(0, 5))
 def test_lecar_does_what_its_paper_says(requested: list[int], capacity: int, seed: int) -> None:

@@ -249,7 +249,6 @@ def serve(
 
 @every_policy
 @settings(deadline=None, max_examples=50)
-@settings(deadline=None)
 @given(data=st.data(), trace=traces(chunks=True))
 def test_hits_are_the_same_in_whatever_order_reads_finish(
     name: str, data: st.DataObject, trace: RoutingTrace
@@ -262,7 +261,6 @@ def test_hits_are_the_same_in_whatever_order_reads_finish(
 
 @every_policy
 @settings(deadline=None, max_examples=50)
-@settings(deadline=None)
 @given(data=st.data(), trace=traces(chunks=True), spare=st.integers(0, 2))
 def test_a_chunk_plan_keeps_to_the_slots_and_names_every_expert_once(
     name: str, data: st.DataObject, trace: RoutingTrace, spare: int
@@ -290,7 +288,6 @@ def test_a_chunk_plan_keeps_to_the_slots_and_names_every_expert_once(
 
 @every_policy
 @settings(deadline=None, max_examples=50)
-@settings(deadline=None)
 @given(data=st.data(), trace=traces(chunks=True), spare=st.integers(0, 2))
 def test_replay_counts_what_residency_decides(
     name: str, data: st.DataObject, trace: RoutingTrace, spare: int
@@ -359,7 +356,6 @@ def test_next_uses_are_what_a_loop_finds(trace: RoutingTrace) -> None:
 
 @pytest.mark.parametrize("name", sorted({*REPLAY_NAMES} - {"belady"}))
 @settings(deadline=None)
-@settings(deadline=None)
 @given(data=st.data(), trace=traces())
 def test_no_policy_has_more_hits_than_belady(name: str, data: st.DataObject, trace: RoutingTrace) -> None:
     geometry = data.draw(geometries(trace))
@@ -392,7 +388,6 @@ def most_hits(trace: RoutingTrace, geometry: Geometry) -> int:
 
 
 @settings(deadline=None, max_examples=60)
-@settings(deadline=None)
 @given(data=st.data(), trace=traces(tokens=5, experts=4))
 def test_belady_has_the_most_hits_that_can_be_had(data: st.DataObject, trace: RoutingTrace) -> None:
     geometry = data.draw(geometries(trace))
