@@ -140,7 +140,7 @@ class _TreeParser:
     def _unknown_goes_left(self, decision: int, threshold: float) -> bool:
         missing = decision >> _MISSING_SHIFT & 3
         if decision & _CATEGORICAL or missing not in (_MISSING_NONE, _MISSING_NAN):
-            raise PolicyError(f"{self._name} has splits of type {decision}; ours are numerical, unknown is NaN")
+            raise PolicyError(f"{self._name} has splits of type {decision}; ours are numerical")
         if missing == _MISSING_NAN:
             return bool(decision & _DEFAULT_LEFT)
         return threshold >= 0  # LightGBM takes a NaN for 0 where the training data had none

@@ -26,21 +26,18 @@ Trees make_trees(const std::vector<int>& roots, const std::vector<int>& feature,
   if (threshold.size() != size_t(n) || left.size() != size_t(n) || right.size() != size_t(n) ||
       unknown_left.size() != size_t(n))
     throw std::invalid_argument("the trees' arrays differ in length");
-  Trees trees;
-  for (int root : roots) {
+  for (int root : roots)
     if (root < -int(leaves.size()) || root >= n) throw std::invalid_argument("a tree's root is not there");
-    trees.roots.push_back(root);
-  }
+  std::vector<Trees::Node> nodes;
   for (int i = 0; i < n; i++) {
     if (feature[i] < 0 || feature[i] >= flashmoe::kFeatures)
       throw std::invalid_argument("a tree asks for feature " + std::to_string(feature[i]));
     for (int child : {left[i], right[i]})
       if (child < -int(leaves.size()) || child >= n || (child >= 0 && child <= i))
         throw std::invalid_argument("a tree's node has a child that is not below it");
-    trees.nodes.push_back({threshold[i], left[i], right[i], int16_t(feature[i]), bool(unknown_left[i])});
+    nodes.push_back({threshold[i], left[i], right[i], int16_t(feature[i]), bool(unknown_left[i])});
   }
-  trees.leaves = leaves;
-  return trees;
+  return Trees(roots, nodes, leaves);
 }
 
 class Policy {
@@ -124,7 +121,9 @@ NB_MODULE(_learned, m) {
            "roots"_a, "feature"_a, "threshold"_a, "left"_a, "right"_a, "unknown_left"_a, "leaves"_a)
       .def("predict", [](const Trees& trees, const std::vector<float>& features) {
         if (features.size() != size_t(flashmoe::kFeatures)) throw std::invalid_argument("wrong number of features");
-        return trees.predict(features.data());
+        float out = 0;
+        trees.predict(features.data(), 1, &out);
+        return out;
       }, "features"_a);
 
   nb::class_<Policy>(m, "Policy")

@@ -12,20 +12,47 @@ namespace {
 constexpr float kForget = 0.9946f;  // a token's misses count half after 128 tokens
 constexpr int kFirstVerdict = 64;   // tokens
 constexpr float kWorse = 1.02f;
+constexpr float kHeatKept = 0.97857206f;  // half after 32 events, as in cache_policies/lfu_aged.py
 
 }  // namespace
 
-float Trees::predict(const float* features) const {
-  float sum = 0;
-  for (int32_t at : roots) {
-    while (at >= 0) {
-      const Node& node = nodes[at];
-      const float x = features[node.feature];
-      at = (std::isnan(x) ? node.unknown_left : x <= node.threshold) ? node.left : node.right;
-    }
-    sum += leaves[~at];
+Trees::Trees(const std::vector<int32_t>& roots, const std::vector<Node>& nodes, const std::vector<float>& leaves) {
+  const int32_t first_leaf = int32_t(nodes.size());
+  const auto place = [&](int32_t child) { return child >= 0 ? child : first_leaf + ~child; };
+  for (const Node& node : nodes)
+    steps_.push_back({node.threshold, node.feature, node.unknown_left, {place(node.right), place(node.left)}, 0});
+  for (size_t i = 0; i < leaves.size(); i++) {
+    const int32_t self = first_leaf + int32_t(i);
+    steps_.push_back({0, 0, 0, {self, self}, leaves[i]});
   }
-  return sum;
+  // A child lies behind its parent, so the depths below are known when a node's turn comes.
+  std::vector<int> depth(steps_.size(), 0);
+  for (int32_t i = first_leaf - 1; i >= 0; i--)
+    depth[i] = 1 + std::max(depth[steps_[i].child[0]], depth[steps_[i].child[1]]);
+  for (int32_t root : roots) trees_.push_back({place(root), depth[place(root)]});
+}
+
+void Trees::predict(const float* rows, int n, float* out) const {
+  constexpr int kLanes = 8;
+  for (int begin = 0; begin < n; begin += kLanes) {
+    const int lanes = std::min(kLanes, n - begin);
+    const float* row[kLanes];
+    float sum[kLanes] = {};
+    for (int i = 0; i < kLanes; i++) row[i] = rows + size_t(begin + std::min(i, lanes - 1)) * kFeatures;
+    for (const Tree& tree : trees_) {
+      int32_t at[kLanes];
+      for (int i = 0; i < kLanes; i++) at[i] = tree.root;
+      for (int d = 0; d < tree.depth; d++) {
+        for (int i = 0; i < kLanes; i++) {
+          const Step& step = steps_[at[i]];
+          const float x = row[i][step.feature];
+          at[i] = step.child[int(x <= step.threshold) | (int(x != x) & step.unknown)];
+        }
+      }
+      for (int i = 0; i < kLanes; i++) sum[i] += steps_[at[i]].leaf;
+    }
+    std::copy_n(sum, lanes, out + begin);
+  }
 }
 
 ShadowCache::ShadowCache(Shape shape, Cache cache)
@@ -35,20 +62,21 @@ ShadowCache::ShadowCache(Shape shape, Cache cache)
       pools_(cache.per_layer ? shape.layers : 1),
       resident_(size_t(shape.layers) * shape.experts, 0) {}
 
-template <class Worst>
-int ShadowCache::serve(int layer, const int* routed, int n, Worst&& worst) {
+template <class Prepare, class Badness>
+int ShadowCache::serve(int layer, const int* routed, int n, Prepare&& prepare, Badness&& badness) {
   std::vector<int>& pool = pools_[per_layer_ ? layer : 0];
   int misses = 0;
   for (int j = 0; j < n; j++) misses += !resident_[size_t(layer) * shape_.experts + routed[j]];
   int surplus = int(pool.size()) + misses - capacity_;
   if (surplus > 0) {
+    prepare(pool);
     for (int j = 0; j < n; j++) resident_[size_t(layer) * shape_.experts + routed[j]] |= 2;  // may not go
     while (surplus-- > 0) {
       int victim = -1;
       float most = 0;
       for (int i = 0; i < int(pool.size()); i++) {
         if (resident_[pool[i]] & 2) continue;
-        const float bad = worst(pool[i]);
+        const float bad = badness(pool[i]);
         if (victim < 0 || bad > most || (bad == most && pool[i] < pool[victim])) victim = i, most = bad;
       }
       if (victim < 0) break;
@@ -73,17 +101,25 @@ LearnedCore::LearnedCore(Shape shape, Cache cache, Trees trees)
       cache_(cache),
       slots_(cache.per_layer ? float(cache.capacity) : float(cache.capacity) / shape.layers),
       trees_(std::move(trees)),
+      layer_of_(size_t(shape.layers) * shape.experts),
       distance_(size_t(shape.layers) * shape.experts, 0),
       scored_(size_t(shape.layers) * shape.experts, -1),
+      heat_(size_t(shape.layers) * shape.experts, 0),
+      ahead_(shape.layers, 0),
       position_(size_t(shape.layers) * shape.experts, -1),
-      row_(kFeatures),
       learned_shadow_(shape, cache),
-      simple_shadow_(shape, cache) {}
+      simple_shadow_(shape, cache) {
+  for (size_t expert = 0; expert < layer_of_.size(); expert++) layer_of_[expert] = int(expert) / shape.experts;
+}
 
 void LearnedCore::step(int layer, const int* routed, int n, const float* weights, const float* scores, int token) {
   history_.step(layer, routed, n, weights, scores, token);
-  layer_ = layer;
   matched_ = false;
+  const Shape shape = history_.shape();
+  for (int l = 0; l < shape.layers; l++) ahead_[l] = l > layer ? l - layer : l - layer + shape.layers;
+  float* heat = &heat_[size_t(layer) * shape.experts];
+  for (int e = 0; e < shape.experts; e++) heat[e] *= kHeatKept;
+  for (int j = 0; j < n; j++) heat[routed[j]] += 1;
   if (history_.at_newest_token(layer)) compare_shadows(layer, routed, n);
 }
 
@@ -103,18 +139,22 @@ void LearnedCore::left(int expert) {
 }
 
 std::vector<int> LearnedCore::worst(int count) {
-  std::vector<int> ranked = residents_;
-  rank(ranked);
-  if (count >= 0 && count < int(ranked.size())) ranked.resize(count);
+  if (!stepped_back_) predict(residents_);
+  keyed_.clear();
+  for (int expert : residents_) keyed_.emplace_back(-badness(expert), expert);
+  const size_t n = count < 0 ? keyed_.size() : std::min(keyed_.size(), size_t(count));
+  std::partial_sort(keyed_.begin(), keyed_.begin() + n, keyed_.end());
+  std::vector<int> ranked;
+  for (size_t i = 0; i < n; i++) ranked.push_back(keyed_[i].second);
   return ranked;
 }
 
 void LearnedCore::rank(std::vector<int>& experts) {
-  std::vector<std::pair<float, int>> keyed;
-  keyed.reserve(experts.size());
-  for (int expert : experts) keyed.emplace_back(-badness(expert), expert);
-  std::sort(keyed.begin(), keyed.end());
-  for (size_t i = 0; i < keyed.size(); i++) experts[i] = keyed[i].second;
+  if (!stepped_back_) predict(experts);
+  keyed_.clear();
+  for (int expert : experts) keyed_.emplace_back(-badness(expert), expert);
+  std::sort(keyed_.begin(), keyed_.end());
+  for (size_t i = 0; i < keyed_.size(); i++) experts[i] = keyed_[i].second;
 }
 
 void LearnedCore::features(int layer, int expert, float* out) {
@@ -130,32 +170,38 @@ void LearnedCore::set_trees(Trees trees) {
   std::fill(scored_.begin(), scored_.end(), -1);
 }
 
-float LearnedCore::badness(int expert) { return stepped_back_ ? simple_badness(expert) : learned_badness(expert); }
-
-// LFU with ageing (cache_policies/lfu_aged.py).
-float LearnedCore::simple_badness(int expert) const {
-  const int experts = history_.shape().experts;
-  return -history_.aged_count(expert / experts, expert % experts);
+// The prediction is in events of the expert's own layer. Where layers share the slots it is turned into events of
+// all layers, and layers ahead in this pass through the model come sooner than those behind.
+float LearnedCore::learned_badness(int expert) const {
+  return cache_.per_layer ? distance_[expert] : distance_[expert] + ahead_[layer_of_[expert]];
 }
 
-// Events of all layers until the next use: the prediction is in events of the expert's own layer, and layers ahead
-// in this pass through the model come sooner than those behind.
-float LearnedCore::learned_badness(int expert) {
+void LearnedCore::predict(const std::vector<int>& experts) {
+  stale_.clear();
+  for (int expert : experts)
+    if (scored_[expert] != history_.events(layer_of_[expert])) stale_.push_back(expert);
+  if (stale_.empty()) return;
   const Shape shape = history_.shape();
-  const int layer = expert / shape.experts;
-  if (scored_[expert] != history_.events(layer)) {
-    features(layer, expert % shape.experts, row_.data());
-    distance_[expert] = std::exp2(trees_.predict(row_.data()));
-    scored_[expert] = history_.events(layer);
+  rows_.resize(stale_.size() * kFeatures);
+  predicted_.resize(stale_.size());
+  for (size_t i = 0; i < stale_.size(); i++) {
+    const int layer = layer_of_[stale_[i]];
+    features(layer, stale_[i] - layer * shape.experts, &rows_[i * kFeatures]);
   }
-  if (cache_.per_layer) return distance_[expert];
-  const int ahead = layer > layer_ ? layer - layer_ : layer - layer_ + shape.layers;
-  return (distance_[expert] - 1) * shape.layers + ahead;
+  trees_.predict(rows_.data(), int(stale_.size()), predicted_.data());
+  for (size_t i = 0; i < stale_.size(); i++) {
+    const float events = std::exp2(predicted_[i]);
+    distance_[stale_[i]] = cache_.per_layer ? events : (events - 1) * shape.layers;
+    scored_[stale_[i]] = history_.events(layer_of_[stale_[i]]);
+  }
 }
 
 void LearnedCore::compare_shadows(int layer, const int* routed, int n) {
-  const int learned = learned_shadow_.serve(layer, routed, n, [this](int e) { return learned_badness(e); });
-  const int simple = simple_shadow_.serve(layer, routed, n, [this](int e) { return simple_badness(e); });
+  const auto prepare = [this](const std::vector<int>& pool) { predict(pool); };
+  const int learned =
+      learned_shadow_.serve(layer, routed, n, prepare, [this](int e) { return learned_badness(e); });
+  const int simple = simple_shadow_.serve(layer, routed, n, [](const std::vector<int>&) {},
+                                          [this](int e) { return simple_badness(e); });
   learned_misses_ += learned;
   simple_misses_ += simple;
   learned_recent_ += float(learned);

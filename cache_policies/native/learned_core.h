@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "routing_history.h"
@@ -10,18 +11,35 @@
 namespace flashmoe {
 
 // A boosted ensemble of binary trees. A child below 0 is the leaf ~child.
-struct Trees {
+class Trees {
+ public:
   struct Node {
     float threshold;
     int32_t left, right;
     int16_t feature;
     bool unknown_left;  // where a NaN goes
   };
-  std::vector<int32_t> roots;
-  std::vector<Node> nodes;
-  std::vector<float> leaves;
+  Trees(const std::vector<int32_t>& roots, const std::vector<Node>& nodes, const std::vector<float>& leaves);
 
-  float predict(const float* features) const;
+  // rows [n, kFeatures] -> out [n]. Several rows go down a tree side by side and without branches: their steps
+  // overlap, where one row alone waits for memory and mispredicted branches at each.
+  void predict(const float* rows, int n, float* out) const;
+
+ private:
+  // `child[1]` is taken where the comparison holds. A leaf is its own child and asks nothing.
+  struct Step {
+    float threshold;
+    int16_t feature;
+    int16_t unknown;  // the comparison's outcome for a NaN
+    int32_t child[2];
+    float leaf;
+  };
+  struct Tree {
+    int32_t root;
+    int depth;
+  };
+  std::vector<Step> steps_;
+  std::vector<Tree> trees_;
 };
 
 struct Cache {
@@ -33,10 +51,10 @@ struct Cache {
 class ShadowCache {
  public:
   ShadowCache(Shape shape, Cache cache);
-  // Serve an event; `worst(candidates)` -> position of the one to evict. Returns the misses.
-  template <class Worst>
-  int serve(int layer, const int* routed, int n, Worst&& worst);
-  const std::vector<int>& residents(int layer) const { return pools_[per_layer_ ? layer : 0]; }
+  // Serve an event -> its misses. `prepare(residents)` comes before `badness(expert)` is asked; the worst one goes,
+  // the lowest number among equals.
+  template <class Prepare, class Badness>
+  int serve(int layer, const int* routed, int n, Prepare&& prepare, Badness&& badness);
 
  private:
   Shape shape_;
@@ -44,7 +62,6 @@ class ShadowCache {
   bool per_layer_;
   std::vector<std::vector<int>> pools_;  // of layer * experts + expert
   std::vector<uint8_t> resident_;
-  std::vector<int> candidates_;
 };
 
 class LearnedCore {
@@ -69,21 +86,27 @@ class LearnedCore {
   const RoutingHistory& history() const { return history_; }
 
  private:
-  float badness(int expert);         // the larger, the sooner it goes
-  float simple_badness(int expert) const;
-  float learned_badness(int expert);
+  // The larger, the sooner it goes.
+  float badness(int expert) { return stepped_back_ ? simple_badness(expert) : learned_badness(expert); }
+  float simple_badness(int expert) const { return -heat_[expert]; }
+  float learned_badness(int expert) const;
+  void predict(const std::vector<int>& experts);  // those of them whose layer has had an event since
   void compare_shadows(int layer, const int* routed, int n);
 
   RoutingHistory history_;
   Cache cache_;
   float slots_;
   Trees trees_;
-  std::vector<float> distance_;    // predicted log2 of own-layer events to the next use, as of `scored_`
+  std::vector<int> layer_of_;      // [L * E]
+  std::vector<float> distance_;    // predicted events to the next use, of all layers where they share the slots
   std::vector<int> scored_;        // the layer's event number that it was predicted at
+  std::vector<float> heat_;        // use counts that decay with every event of the layer: LFU with ageing
+  std::vector<int> ahead_;         // [L]: layers from the present one to that, round and round
   std::vector<int> residents_;
   std::vector<int> position_;      // in residents_, -1: not resident
-  std::vector<float> row_;
-  int layer_ = 0;
+  std::vector<int> stale_;
+  std::vector<float> rows_, predicted_;
+  std::vector<std::pair<float, int>> keyed_;
   bool matched_ = false;
   ShadowCache learned_shadow_, simple_shadow_;
   float learned_recent_ = 0, simple_recent_ = 0;  // misses, decayed

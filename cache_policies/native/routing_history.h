@@ -16,7 +16,7 @@ struct Shape {
 // Half-lives of the decayed use counts, in events of the expert's own layer.
 constexpr int kHalfLives[] = {2, 6, 16, 32, 128, 640};
 constexpr int kRates = 6;
-constexpr int kSlow = 3;  // the rate that is LFU with ageing (cache_policies/lfu_aged.py)
+constexpr int kSlow = 3;  // the half-life of the slow weight
 constexpr int kHistory = 2048;  // tokens remembered
 constexpr int kMatches = 24;    // past tokens that vote
 constexpr int kAhead = 16;      // how far behind a match its votes reach, in tokens
@@ -39,7 +39,6 @@ class RoutingHistory {
 
   Shape shape() const { return shape_; }
   int events(int layer) const { return events_[layer]; }
-  float aged_count(int layer, int expert) const { return rate(experts_[index(layer, expert)], layer, kSlow); }
   // Whether the layer's last event was the newest token's: not so inside a prefill chunk, which goes layer by layer.
   bool at_newest_token(int layer) const { return events_[layer] == tokens_; }
   static int64_t bytes(Shape shape);
