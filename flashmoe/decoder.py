@@ -37,7 +37,7 @@ class RoutingObserver(Protocol):
         """A layer with experts has routed them: ids [T, K] int32, weights [T, K], probabilities [T, E]."""
 
     def forward_ends(self) -> None:
-        """All layers have run, and the KV cache counts the tokens."""
+        """All layers have run. An error here leaves the KV cache as it was."""
 
 
 class Decoder:
@@ -97,9 +97,9 @@ class Decoder:
             if check is not None:
                 check()
             self._layer(index, x, buffers, position, token_ids)
-        self.kv_cache.advance(tokens)
         if self.observer is not None:
             self.observer.forward_ends()
+        self.kv_cache.advance(tokens)
         x = self._norm(x if all_logits else x[-1:], self._weights.norm)
         logits = self._linear(x, self._weights.lm_head)
         return logits if all_logits else logits[0]

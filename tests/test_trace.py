@@ -508,6 +508,28 @@ def test_a_pass_that_was_cut_short_is_not_in_the_trace(tiny_model: Path):
     recorder.close()
 
 
+def test_a_pass_that_was_written_in_part_is_written_over(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    """Ctrl-C between the ids and the weights of a token: the next token's ids go where its were."""
+    engine, undisturbed = build_engine(tiny_model), build_engine(tiny_model)
+    recorder, expected = recorder_of(engine), recorder_of(undisturbed)
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    for token in (5, 6, 7):
+        undisturbed.decode_one_token(token)
+    engine.decode_one_token(5)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(recorder._spools[1]), "append", lambda spool, *a: (
+            interrupted() if spool is recorder._spools[1] else spool._file.write(a[0].data)))  # fmt: skip
+        engine.decode_one_token(9)
+    engine.decode_one_token(6)
+    engine.decode_one_token(7)
+    assert recorder.trace("t").experts.tolist() == expected.trace("t").experts.tolist()
+    recorder.close()
+    expected.close()
+
+
 def test_recording_changes_no_logits(tiny_model: Path):
     plain, watched = build_engine(tiny_model), build_engine(tiny_model)
     recorder = recorder_of(watched)
