@@ -328,6 +328,14 @@ class _Recorder:
         s, total = self._stats, self._llm.expert_cache.counters - self._start
         s.hits, s.misses, s.expert_bytes_read = total.hits, total.misses, total.bytes_read
         s.stall_s, s.read_s = total.stall_s, total.read_s
+        s.prefetch_issued, s.prefetch_hits, s.prefetch_late = (
+            total.prefetch_issued, total.prefetch_hits, total.prefetch_late,
+        )  # fmt: skip
+        s.prefetch_wasted, s.prefetch_cancelled = total.prefetch_wasted, total.prefetch_cancelled
+        s.prefetch_failed, s.prefetch_bytes_wasted = total.prefetch_failed, total.prefetch_bytes_wasted
+        prefetcher = self._llm.engine.decoder.prefetcher
+        if prefetcher is not None:
+            s.prefetch = prefetcher.verdict
         s.rss_bytes, s.peak_rss_bytes = host.rss_bytes(), host.peak_rss_bytes()
 
 

@@ -53,6 +53,15 @@ class GenerationStats:
     ram_budget_bytes: int = 0
     policy: str = ""
     reader: str = ""
+    # Guesses; one that was right is among the misses all the same.
+    prefetch: str = "off"  # what was done, for people
+    prefetch_issued: int = 0
+    prefetch_hits: int = 0  # had arrived when asked for
+    prefetch_late: int = 0  # were being read when asked for
+    prefetch_wasted: int = 0  # had arrived and were not asked for
+    prefetch_cancelled: int = 0
+    prefetch_failed: int = 0
+    prefetch_bytes_wasted: int = 0
     tokens: list[TokenStats] = field(default_factory=list)
 
     @property
@@ -133,7 +142,16 @@ class GenerationStats:
             ("memory", f"RSS {format_bytes(self.rss_bytes)}, peak {format_bytes(self.peak_rss_bytes)}"
                        f" of {format_bytes(self.ram_budget_bytes)}"),
             ("policy", self.policy),
+            ("prefetch", self._prefetch_text()),
         ]  # fmt: skip
+
+    def _prefetch_text(self) -> str:
+        if not self.prefetch_issued:
+            return self.prefetch
+        return (
+            f"{self.prefetch}; {self.prefetch_issued} guesses, {self.prefetch_hits} in time,"
+            f" {self.prefetch_late} late, {self.prefetch_bytes_wasted / 1e6:.0f} MB in vain"
+        )
 
 
 def bound_s(compute_s: float, bytes_read: int, drive_mb_per_s: float) -> float:

@@ -25,8 +25,10 @@ from storage.storage_errors import ReadError
 # arrives 1.5 times as late. Experts of 0.4 MB, one piece each, want the 4 threads.
 THREADS = 4
 PIECE_BYTES = 2 << 20
-# Prefetch pieces in flight at once: a demand read waits behind them in the drive's own queue.
+# Prefetch pieces in flight at once, and their size: a demand read waits behind them in the drive's own queue,
+# and a cancelled read stops between them.
 PREFETCH_THREADS = 2
+PREFETCH_PIECE_BYTES = 1 << 20
 
 
 class Completion(NamedTuple):
@@ -93,11 +95,13 @@ class ReadQueue:
         threads: int = THREADS,
         piece_bytes: int = PIECE_BYTES,
         prefetch_threads: int = PREFETCH_THREADS,
+        prefetch_piece_bytes: int = PREFETCH_PIECE_BYTES,
     ) -> None:
         """`reader` stays the caller's: close the queue first, then the reader."""
-        assert threads > 0 and prefetch_threads > 0 and piece_bytes >= PAGE_BYTES
+        assert min(threads, prefetch_threads) > 0 and min(piece_bytes, prefetch_piece_bytes) >= PAGE_BYTES
         self._reader = reader
-        self._piece_bytes, self._prefetch_threads = piece_bytes, prefetch_threads
+        self._piece_bytes, self._prefetch_piece_bytes = piece_bytes, prefetch_piece_bytes
+        self._prefetch_threads = prefetch_threads
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True a piece, False to end a thread
         self._lock = threading.Lock()
         self._closed = False
@@ -132,10 +136,11 @@ class ReadQueue:
         assert slot is None or slot.nbytes >= plan.slot_bytes, "the slot is smaller than the plan"
         assert slot is not None or self._reader.in_place, f"the {self._reader.name} reader needs a slot"
         request = Request(tag, plan, slot, done, prefetch)
+        piece_bytes = self._prefetch_piece_bytes if prefetch else self._piece_bytes
         request.waiting.extend(
             (run, begin, nbytes)
             for run in plan.runs
-            for begin, nbytes in cut_into_pieces(run.nbytes, self._piece_bytes)
+            for begin, nbytes in cut_into_pieces(run.nbytes, piece_bytes)
         )
         pieces = len(request.waiting)
         with self._lock:

@@ -4,16 +4,21 @@ computed."""
 import queue
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from engines import build_engine, greedy
+from safetensors.numpy import save_file
 from test_expert_cache import EXPERT_BYTES, ScriptedDrive, fetch, make_cache, stream
 from torch import Tensor
 
 from flashmoe import prefetch
+from flashmoe.config import RunConfig
 from flashmoe.engine import Engine
+from flashmoe.errors import BudgetError, ConfigError
 from flashmoe.expert_cache import ExpertCache, _Read
+from flashmoe.loader import load_engine, open_model, plan_model
 from flashmoe.predictors import ExpertMaps, LearnedPredictor, NextRouter, TransitionTable
 from flashmoe.prefetch import Guess, Prefetcher, Trial
 from storage.expert_reader import ReadPlan
@@ -226,3 +231,77 @@ def test_the_next_router_guesses_better_than_chance(tiny_model: Path) -> None:
     decoder.prefetcher = Watcher()  # type: ignore[assignment]
     greedy(engine, [5, 6, 7], 30)
     assert sum(right) / len(right) > 2 * 2 / 8
+
+
+class Times:
+    """What the prefetcher reads off a cache: 10 ms a read, `busy_s` of demand reads."""
+
+    seconds_per_read, demand_busy_s = 0.010, 0.0
+
+
+def test_guesses_are_bounded_by_the_time_that_demand_reads_leave_the_drive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("flashmoe.prefetch.time.perf_counter", lambda: now_s)
+    for elapsed_s, busy_s, fit in ((0.030, 0.005, 3), (0.030, 0.030, 0), (0.012, 0.004, 1)):
+        clock, times = prefetch._IdleClock(), Times()
+        for _ in range(300):
+            reads = clock.reads_that_fit(times)  # type: ignore[arg-type]
+            now_s += elapsed_s
+            times.demand_busy_s += busy_s
+        assert reads == fit + prefetch.BEYOND_IDLE
+    times.seconds_per_read = 0.0  # nothing has been read yet
+    assert clock.reads_that_fit(times) == 0  # type: ignore[arg-type]
+
+
+def test_maps_are_kept_and_read_again(tiny_model: Path, tmp_path: Path) -> None:
+    engine = build_engine(tiny_model)
+    decoder = engine.decoder
+    maps = ExpertMaps(decoder.config, decoder.embed)
+    decoder.prefetcher = Prefetcher(maps, 4)
+    decoder.prefetcher._clock.reads_that_fit = lambda cache: 4  # type: ignore[method-assign]
+    greedy(engine, [5, 9, 200, 30], 12)
+    maps.save(tmp_path / "maps.safetensors")
+    again = ExpertMaps(decoder.config, decoder.embed)
+    again.load(tmp_path / "maps.safetensors")
+    assert (again._maps == maps._maps).all() and len(again._maps) == 1
+    (tmp_path / "other").write_bytes(b"nonsense")
+    with pytest.raises(ConfigError, match="no expert maps"):
+        again.load(tmp_path / "other")
+    save_file({"maps": again._maps[:, :1].copy(), "prompts": again._prompts}, tmp_path / "foreign")
+    with pytest.raises(ConfigError, match="another model"):
+        again.load(tmp_path / "foreign")
+
+
+def test_an_llm_with_guesses_says_the_same_and_reports_them(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_model(tiny_model)
+    monkeypatch.setattr("flashmoe.loader.MAX_STAGING", 3)
+    kept = []
+    for how in ("off", "3", "auto"):
+        run = RunConfig("100%", prefetch=how)
+        plan = replace(plan_model(opened, run), slots=16)
+        loaded = load_engine(opened, plan, run)
+        kept.append(greedy(loaded.engine, [7, 8, 9, 100], 16))
+        assert (loaded.engine.decoder.prefetcher is None) == (how == "off")
+        assert loaded.cache.slots == 16 and loaded.cache._residency.spare == (0 if how == "off" else 1)
+        loaded.cache.close()
+    assert kept[0] == kept[1] == kept[2]
+    for scope, slots in (("layer", 16), ("layer", 5)):
+        run = RunConfig("100%", scope=scope)
+        plan = replace(plan_model(opened, run), slots=slots)
+        if slots == 5:
+            with pytest.raises(BudgetError, match="5 slots for 3 layers"):
+                load_engine(opened, plan, run)
+        else:
+            cache = load_engine(opened, plan, run).cache
+            assert (cache._residency.slots, cache._residency.spare) == (15, 1)
+            cache.close()
+
+
+@pytest.mark.parametrize("bad", ["", "0", "-1", "65", "on", "2.5", 3])
+def test_a_bad_prefetch_option_is_an_error(bad: object) -> None:
+    with pytest.raises(ConfigError, match="prefetch"):
+        RunConfig(prefetch=bad)  # type: ignore[arg-type]

@@ -225,7 +225,8 @@ class Gate:
 def gated_queue(threads: int = 1) -> tuple[ReadQueue, Gate, MemoryReader, "queue.SimpleQueue[Completion]"]:
     gate = Gate()
     reader = MemoryReader(gate)
-    return ReadQueue(reader, threads, piece_bytes=PAGE), gate, reader, queue.SimpleQueue()
+    reads = ReadQueue(reader, threads, piece_bytes=PAGE, prefetch_piece_bytes=PAGE)
+    return reads, gate, reader, queue.SimpleQueue()
 
 
 def test_prefetch_pieces_start_only_when_no_demand_piece_waits() -> None:
@@ -305,7 +306,7 @@ def test_the_time_that_demand_reads_take_is_what_guesses_leave_them(monkeypatch:
         now_s += 1.0
 
     done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
-    reads = ReadQueue(MemoryReader(takes_a_second), threads=1, piece_bytes=PAGE)
+    reads = ReadQueue(MemoryReader(takes_a_second), 1, piece_bytes=PAGE, prefetch_piece_bytes=PAGE)
     for count, is_prefetch in ((3, True), (2, False)):
         reads.submit(0, pages(0, count), slot_for(pages(0, count)), done, is_prefetch)
         done.get(timeout=20)

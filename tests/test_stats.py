@@ -127,3 +127,12 @@ def test_two_generations_do_not_share_their_lists() -> None:
     one, other = GenerationStats(), GenerationStats()
     one.token_ids.append(1)
     assert other.token_ids == [] and other.tokens == []
+
+
+def test_prefetch_says_what_it_did() -> None:
+    assert dict(GenerationStats().rows())["prefetch"] == "off"
+    stats = GenerationStats(prefetch="auto: on, time a token -8.0% with it", prefetch_issued=50,
+                            prefetch_hits=20, prefetch_late=10, prefetch_bytes_wasted=40 * MB)  # fmt: skip
+    assert dict(stats.rows())["prefetch"] == (
+        "auto: on, time a token -8.0% with it; 50 guesses, 20 in time, 10 late, 40 MB in vain"
+    )
