@@ -99,6 +99,8 @@ class Decoder:
             self._layer(index, x, buffers, position, token_ids)
         if self.observer is not None:
             self.observer.forward_ends()
+        if self.prefetcher is not None:
+            self.prefetcher.forward_ends()
         self.kv_cache.advance(tokens)
         x = self._norm(x if all_logits else x[-1:], self._weights.norm)
         logits = self._linear(x, self._weights.lm_head)

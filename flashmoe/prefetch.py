@@ -102,12 +102,13 @@ class Prefetcher:
 
     def forward_begins(self, token_ids: Sequence[int]) -> None:
         self.predictor.forward_begins(token_ids)
-        if self.trial is not None:
-            now_s = time.perf_counter()
-            if self._token_began_s is not None:
-                self.trial.token_took(now_s - self._token_began_s)
-            self._token_began_s = now_s if len(token_ids) == 1 else None
         self._clock.pause()
+        self._token_began_s = time.perf_counter() if len(token_ids) == 1 else None
+
+    def forward_ends(self) -> None:
+        """All layers have run."""
+        if self.trial is not None and self._token_began_s is not None:
+            self.trial.token_took(time.perf_counter() - self._token_began_s)
 
     def routed(
         self, cache: ExpertCache, layer: int, x: Tensor, routed: Sequence[int], scores: Sequence[float]

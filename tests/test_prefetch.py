@@ -228,6 +228,9 @@ def test_the_next_router_guesses_better_than_chance(tiny_model: Path) -> None:
             guessed.update({layer + 1: {guess.expert for guess in guesses}} if guesses else {})
             assert all(guess.layer == layer + 1 and 0 < guess.confidence <= 1 for guess in guesses)
 
+        def forward_ends(self) -> None:
+            pass
+
     decoder.prefetcher = Watcher()  # type: ignore[assignment]
     greedy(engine, [5, 6, 7], 30)
     assert sum(right) / len(right) > 2 * 2 / 8
