@@ -87,36 +87,34 @@ class TransitionTable:
 
 
 class ExpertMaps:
-    """Maps of earlier requests, each the mean router probabilities [L, E] of its decoded tokens (FineMoE,
-    arXiv 2502.05370). The map is followed whose prompt, by the mean of its embeddings, and whose layers of
-    this token so far are most alike. At most `MAPS` are kept, the oldest goes."""
+    """Maps of earlier tokens: each one's router probabilities in all layers, and its request's prompt, as the
+    mean of its embeddings (FineMoE, arXiv 2502.05370). The map is followed whose prompt and whose layers so
+    far are most alike. The newest `MAPS` are kept. A map a request, the mean of its tokens, found a third as
+    many of the misses.
+    """
 
     def __init__(self, config: ModelConfig, embed: Callable[[Sequence[int]], Tensor]) -> None:
         self._embed, self._top_k, self._moe_layers = embed, config.num_experts_per_tok, config.moe_layers
         shape = (config.num_hidden_layers, config.num_experts)
-        self._maps = np.zeros((0, *shape), dtype=np.float32)
-        self._prompts = np.zeros((0, config.hidden_size), dtype=np.float32)
-        self._prompt: NDArray[np.float32] | None = None
-        self._sum, self._tokens = np.zeros(shape, dtype=np.float32), 0
-        self._similar = np.zeros(0, dtype=np.float32)  # of each map, over the layers of this token so far
+        self._maps = np.zeros((MAPS, *shape), dtype=np.float32)  # scaled to length 1 in each layer
+        self._prompts = np.zeros((MAPS, config.hidden_size), dtype=np.float32)
+        self._kept = 0  # so far; the next one goes to this place modulo MAPS
+        self._prompt = np.zeros(config.hidden_size, dtype=np.float32)
+        self._now = np.zeros(shape, dtype=np.float32)  # of this token, as far as it has come
+        self._similar = np.zeros(0, dtype=np.float32)  # of each map, over the layers so far
 
     def forward_begins(self, token_ids: Sequence[int]) -> None:
-        if len(token_ids) > 1:  # a prompt: the request before it has ended
-            self._keep()
+        self._keep()
+        if len(token_ids) > 1:
             self._prompt = _unit(self._embed(token_ids).numpy().mean(axis=0))
-            self._sum[:], self._tokens = 0, 0
-        self._tokens += len(token_ids) == 1
-        self._similar = np.zeros(len(self._maps), dtype=np.float32)
-        if self._prompt is not None and len(self._maps):
-            self._similar = self._prompts @ self._prompt
+        self._similar = self._prompts[: min(self._kept, MAPS)] @ self._prompt
 
     def predict(self, layer: int, x: Tensor, routed: Sequence[int], scores: Sequence[float]) -> list[Guess]:
-        seen = np.asarray(scores, dtype=np.float32)
-        self._sum[layer] += seen
-        ahead = layer + 1
-        if not len(self._maps):
+        seen = self._now[layer] = _unit(np.asarray(scores, dtype=np.float32))
+        ahead, known = layer + 1, len(self._similar)
+        if not known:
             return []
-        self._similar += self._maps[:, layer] @ _unit(seen)
+        self._similar += self._maps[:known, layer] @ seen
         if ahead == len(self._moe_layers) or not self._moe_layers[ahead]:
             return []
         return surest(ahead, self._maps[self._similar.argmax(), ahead], self._top_k)
@@ -124,26 +122,30 @@ class ExpertMaps:
     def save(self, path: Path) -> None:
         """Keep the maps for another day, as safetensors."""
         self._keep()
-        save_file({"maps": self._maps, "prompts": self._prompts}, path)
+        kept = min(self._kept, MAPS)
+        save_file({"maps": self._maps[:kept], "prompts": self._prompts[:kept]}, path)
 
     def load(self, path: Path) -> None:
-        """Add the maps that `save` wrote. ConfigError for a file that does not fit this model."""
+        """Begin with the maps that `save` wrote. ConfigError for a file that does not fit this model."""
         try:
             found = load_file(path)
-            maps, prompts = found["maps"], found["prompts"]
+            maps, prompts = found["maps"][-MAPS:], found["prompts"][-MAPS:]
         except (OSError, KeyError, SafetensorError) as error:
             raise ConfigError(f"{path} holds no expert maps: {error}") from error
-        fits = maps.ndim == 3 and maps.shape[1:] == self._maps.shape[1:] and maps.dtype == np.float32
-        if not fits or prompts.shape != (len(maps), self._prompts.shape[1]) or prompts.dtype != np.float32:
+        shapes = (maps.shape, prompts.shape)
+        known = ((len(maps), *self._maps.shape[1:]), (len(maps), *self._prompts.shape[1:]))
+        if shapes != known or {maps.dtype, prompts.dtype} != {np.dtype(np.float32)}:
             raise ConfigError(f"{path} holds expert maps of another model")
-        self._maps = np.concatenate([maps, self._maps])[-MAPS:]
-        self._prompts = np.concatenate([prompts, self._prompts])[-MAPS:]
+        self._kept = len(maps)
+        self._maps[: self._kept], self._prompts[: self._kept] = maps, prompts
 
     def _keep(self) -> None:
-        if self._tokens and self._prompt is not None:
-            self._maps = np.concatenate([self._maps, _unit(self._sum)[None]])[-MAPS:]
-            self._prompts = np.concatenate([self._prompts, self._prompt[None]])[-MAPS:]
-            self._sum[:], self._tokens = 0, 0
+        """A token that ran through all layers becomes a map."""
+        if all(self._now[layer].any() for layer, is_moe in enumerate(self._moe_layers) if is_moe):
+            place = self._kept % MAPS
+            self._maps[place], self._prompts[place] = self._now, self._prompt
+            self._kept += 1
+        self._now[:] = 0
 
 
 class LearnedPredictor:
