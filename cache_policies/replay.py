@@ -33,11 +33,10 @@ def replay(trace: RoutingTrace, policy: CachePolicy, geometry: Geometry, spare: 
 
     Raises ValueError when the geometry is not the trace's.
     """
-    if (geometry.layers, geometry.top_k) != (trace.layers, trace.top_k):
-        raise ValueError(
-            f"{trace.name} has {trace.layers} layers and top-{trace.top_k},"
-            f" the geometry {geometry.layers} and top-{geometry.top_k}"
-        )
+    shape = trace.layers, trace.num_experts, trace.top_k
+    expected = geometry.layers, geometry.experts, geometry.top_k
+    if shape != expected:
+        raise ValueError(f"{trace.name} has (layers, experts, top-k) {shape}, the geometry {expected}")
     cache = Residency(policy, geometry, spare)
     events = hits = misses = 0
     for begin, end, is_chunk in trace.spans():

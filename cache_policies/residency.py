@@ -99,7 +99,7 @@ class Residency:
     def begin_chunk(self, layer: int, experts: Sequence[int]) -> ChunkPlan:
         """One layer of a prefill chunk, whose tokens the policy has seen; `experts` that it needs, each once.
 
-        The policy chooses who stays among the layer's residents and the chunk's experts together, so that a
+        The policy chooses who stays, of the layer's residents and the chunk's experts together, so that a
         cache begins to decode with what the prompt's routing recommends (DAOP, arXiv 2501.10375). The layer
         ends with its share of the slots, or what it had before if that was more: a long prompt does not wash
         out what decoding will need elsewhere.
@@ -119,14 +119,16 @@ class Residency:
         leaving = gone.intersection(hits)
         victims = [key for key in sorted(gone) if key in mine and key not in leaving]
 
-        free = self.slots + self.spare - sum(map(len, self._of_layer)) + len(victims)
-        lacking = max(len(staying) - len(leaving), min(self._reads_ahead, len(passing))) - free
+        free = self.slots - sum(map(len, self._of_layer)) + len(victims)
+        ahead = min(self._reads_ahead, len(passing)) - self.spare
+        lacking = max(len(staying) - len(leaving), ahead) - free
         if lacking > 0 and not self.geometry.per_layer:
             others = pool.keys() - together
             taken = self.policy.victims(others, min(lacking, len(others)))
             victims += taken
             free += len(taken)
-        if passing and not free and not leaving:  # a budget of a few slots: one of the layer's must go
+        # A budget of a few slots: one of the layer's must go.
+        if passing and not free + self.spare and not leaving:
             victim = self.policy.victims(mine.difference(victims), 1)[0]
             if victim in hits:
                 leaving.add(victim)

@@ -3,8 +3,9 @@
 Axis letters: T tokens, L layers with experts, K experts per token, E experts a layer, S sequences.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +69,27 @@ class RoutingTrace:
             None if self.tokens is None else self.tokens[rows],
         )
 
+    def rows(self, begin: int, end: int) -> "RoutingTrace":
+        """The tokens from `begin` to `end`; a sequence or chunk that a border cuts is cut."""
+        sequences = [
+            i
+            for i, (first, last) in enumerate(zip(self.seq_offsets[:-1], self.seq_offsets[1:], strict=True))
+            if first < end and last > begin
+        ]
+        inside = self.seq_offsets[(self.seq_offsets > begin) & (self.seq_offsets < end)]
+        borders = self.forward_offsets[(self.forward_offsets > begin) & (self.forward_offsets < end)]
+        return RoutingTrace(
+            self.name,
+            self.num_experts,
+            self.experts[begin:end],
+            np.concatenate([[0], inside - begin, [end - begin]]).astype(np.int64),
+            np.concatenate([[0], borders - begin, [end - begin]]).astype(np.int64),
+            tuple(self.datasets[i] for i in sequences),
+            None if self.weights is None else self.weights[begin:end],
+            None if self.scores is None else self.scores[begin:end],
+            None if self.tokens is None else self.tokens[begin:end],
+        )
+
     def of_datasets(self, names: Collection[str]) -> "RoutingTrace":
         """The sequences of these data sets."""
         return self.select([i for i, name in enumerate(self.datasets) if name in names])
@@ -91,6 +113,37 @@ class RoutingTrace:
             if is_chunk:
                 numbers[begin:end] = numbers[begin:end].reshape(self.layers, end - begin).T.copy()
         return numbers
+
+
+def join_traces(parts: Sequence[RoutingTrace], name: str) -> RoutingTrace:
+    """One behind the other; all of one model. What one of them lacks, the whole lacks.
+
+    Raises ValueError when their shapes differ.
+    """
+    shapes = {(part.layers, part.num_experts, part.top_k) for part in parts}
+    if len(shapes) != 1:
+        raise ValueError(f"traces of {len(shapes)} different models cannot be joined")
+    starts = np.cumsum([0, *map(len, parts)])
+
+    def offsets(of: str) -> NDArray[np.int64]:
+        moved = [getattr(part, of)[1:] + start for part, start in zip(parts, starts, strict=False)]
+        return np.concatenate([np.zeros(1, dtype=np.int64), *moved])
+
+    def joined(of: str) -> Any:
+        arrays = [getattr(part, of) for part in parts]
+        return None if any(array is None for array in arrays) else np.concatenate(arrays)
+
+    return RoutingTrace(
+        name,
+        parts[0].num_experts,
+        joined("experts"),
+        offsets("seq_offsets"),
+        offsets("forward_offsets"),
+        tuple(dataset for part in parts for dataset in part.datasets),
+        joined("weights"),
+        joined("scores"),
+        joined("tokens"),
+    )
 
 
 def forwards_of(phase: NDArray[np.integer] | None, seq_offsets: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -21,7 +21,7 @@ class S3FIFO(QueuePolicy):
     leave as are asked for.
     """
 
-    name = "s3-fifo"
+    name = "s3fifo"
 
     def __init__(self, capacity: int) -> None:
         super().__init__()

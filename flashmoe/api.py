@@ -18,6 +18,7 @@ from typing import Any
 from flashmoe.budget import BudgetPlan
 from flashmoe.config import RunConfig
 from flashmoe.errors import ConfigError, FlashMoEError
+from flashmoe.learning import Learning
 from flashmoe.loader import load_engine, open_cache, open_model, open_prefetcher, plan_model
 from flashmoe.model_source import Progress, find_model
 from flashmoe.sampler import Sampler, SamplingParams, StopStrings
@@ -68,6 +69,9 @@ class LLM:
         seed: int = 0,
         exact_activations: bool = False,
         check_reads: bool = False,
+        scope: str = "global",
+        prefetch: str = "off",
+        learn: bool = False,
         progress: Progress | None = None,
         on_plan: Callable[[BudgetPlan], None] | None = None,
     ) -> None:
@@ -75,16 +79,21 @@ class LLM:
 
         `model`: folder, Hugging Face repo id, or None for the demo model. `ram_budget`: "16G", "80%", bytes,
         "auto". `exact_activations`: fp32 activations for int4 and int8 weights too, which otherwise meet int8
-        ones. `check_reads`: compare each expert read with its checksum (packed models). `on_plan` is called
+        ones. `check_reads`: compare each expert read with its checksum (packed models). `learn`: keep the
+        routing on this machine and train the learned policy on it after `close`. `on_plan` is called
         once with what the budget buys, before anything is allocated; `progress(what, done, total)` while the
         model is prepared and its dense weights load.
         """
         self.run_config = RunConfig(
-            str(ram_budget), policy, reader, context, threads, seed, exact_activations, check_reads
-        )
+            str(ram_budget), policy, reader, context, threads, seed, exact_activations, check_reads, scope,
+            prefetch, learn,
+        )  # fmt: skip
         self._opened = open_model(find_model(None if model is None else str(model), progress))
         self.config, self.tokenizer = self._opened.config, self._opened.tokenizer
         self.generation_config = _read_generation_config(self._opened.folder)
+        self.learning = Learning.begin(self.config, self._opened.folder) if learn else None
+        if self.learning is not None:
+            self.run_config = replace(self.run_config, policy=self.learning.policy(policy))
         self.plan = plan_model(self._opened, self.run_config)
         if on_plan is not None:
             on_plan(self.plan)
@@ -92,6 +101,8 @@ class LLM:
         self._weights = loaded.weights
         self.engine, self.expert_cache, self.probed = loaded.engine, loaded.cache, loaded.probed
         self.dense_load_s = loaded.dense_load_s
+        if self.learning is not None:
+            self.engine.decoder.observer = self.learning.recorder
         self._closed = False
         self._generations = 0  # begun so far
 
@@ -207,6 +218,8 @@ class LLM:
         if not self._closed:
             self._closed = True
             self.expert_cache.close()
+            if self.learning is not None:
+                self.learning.end()
 
     def __enter__(self) -> "LLM":
         return self

@@ -16,15 +16,16 @@ LARGEST_COUNT = 10_000_000
 
 
 class _PolicyNames:
-    """The registry's names, looked up when `--policy` or its help is used: the registry needs numpy."""
+    """The policies' names, looked up when `--policy` or its help is used: that needs numpy. A name may carry
+    a file."""
 
     def __iter__(self) -> Iterator[str]:
-        from cache_policies.registry import POLICY_NAMES
+        from flashmoe.policies import LIVE_NAMES
 
-        return iter(POLICY_NAMES)
+        return iter(LIVE_NAMES)
 
-    def __contains__(self, name: object) -> bool:
-        return name in tuple(self)
+    def __contains__(self, written: object) -> bool:
+        return str(written).partition(":")[0] in tuple(self)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_pack(commands)
     _add_trace(commands)
     _add_compare(commands)
+    _add_train_policy(commands)
     return parser
 
 
@@ -56,6 +58,11 @@ def _add_run(commands: "Commands") -> None:
     )
     add("--system", type=_text, metavar="TEXT", help="system prompt")
     add("--raw", action="store_true", help="continue the prompt as plain text, without chat template")
+    add(
+        "--learn",
+        action="store_true",
+        help="keep the routing of your chats on this machine and train --policy learned on it afterwards",
+    )
     _add_running_options(parser)
     add = parser.add_argument_group("sampling", "defaults: the model's generation_config.json").add_argument
     add("--temperature", type=float, metavar="T", help="0 is greedy")
@@ -190,6 +197,26 @@ def _add_compare(commands: "Commands") -> None:
     _add_running_options(parser, one_policy=False)
 
 
+def _add_train_policy(commands: "Commands") -> None:
+    parser = commands.add_parser(
+        "train-policy",
+        help="train the learned policy on recorded traces",
+        description="Train the learned policy on recorded traces.",
+    )
+    parser.set_defaults(command="train-policy", parser=parser)
+    add = parser.add_argument
+    add("--trace", type=Path, nargs="+", required=True, metavar="FILE", help="traces of flashmoe trace, .npz")
+    add("--output", type=Path, required=True, metavar="FILE", help="policy to write: LightGBM's text format")
+    add("--trees", type=_count, default=40, metavar="N", help="more take more time a decision (default: 40)")
+    add("--rounds", type=_count, default=1, metavar="N", help="on the policy's own decisions (default: 1)")
+    add("--no-report", action="store_true", help="skip what takes longest: training on parts of each trace"
+        " and replaying the data sets left out")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N", help="of the samples (default: 0)")
+    add("--jobs", type=_count, metavar="N", help="processes (default: one a core)")
+    add("--json", action="store_true", help="the report as one JSON object on stdout, the table on stderr")
+    add("--quiet", action="store_true", help="nothing on stderr but errors")
+
+
 def _add_command(commands: "Commands", name: str, summary: str) -> argparse.ArgumentParser:
     """A command that runs a model, with the options that all of these have."""
     parser = _add_bare_command(commands, name, summary)
@@ -228,7 +255,21 @@ def _add_running_options(parser: argparse.ArgumentParser, one_policy: bool = Tru
             choices=_PolicyNames(),
             default="lfru",
             metavar="NAME",
-            help="which expert leaves when another needs its slot: %(choices)s (default: lfru)",
+            help="which expert leaves when another needs its slot: %(choices)s (default: lfru);"
+            " learned:FILE takes a policy of train-policy",
+        )
+        add(
+            "--scope",
+            choices=("global", "layer"),
+            default="global",
+            help="slots shared by all layers, or as many for each (default: global)",
+        )
+        add(
+            "--prefetch",
+            default="off",
+            metavar="auto|off|N",
+            help="read what the next layers may need while the drive is idle: at most N experts a layer, or"
+            " auto, where it is measured to pay (default: off)",
         )
     add(
         "--reader",

@@ -74,11 +74,15 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     prompt = _read_prompt(arguments)
     with (
         StatsFile(arguments.stats_json, arguments.per_token) as stats_file,
-        _load_llm(arguments, screen, arguments.policy) as llm,
+        _load_llm(arguments, screen, arguments.policy, arguments.prefetch) as llm,
     ):
         if prompt is None:
-            return _chat(arguments, screen, llm, sampling, stats_file)
-        return _answer(arguments, screen, llm, prompt, sampling, stats_file)
+            code = _chat(arguments, screen, llm, sampling, stats_file)
+        else:
+            code = _answer(arguments, screen, llm, prompt, sampling, stats_file)
+    if llm.learning is not None:
+        screen.remark(llm.learning.outcome)
+    return code
 
 
 def plan(arguments: argparse.Namespace, screen: Screen) -> int:
@@ -129,6 +133,8 @@ def bench(arguments: argparse.Namespace, screen: Screen) -> int:
         arguments.threads,
         exact_activations=arguments.exact_activations,
         check_reads=arguments.check_reads,
+        scope=arguments.scope,
+        prefetch=arguments.prefetch,
     )
     model = _open(arguments)
     text = TokenText(model.tokenizer, texts)
@@ -213,7 +219,7 @@ def trace(arguments: argparse.Namespace, screen: Screen) -> int:
     interrupted = False
     folder = arguments.output.absolute().parent
     with (
-        _load_llm(arguments, screen, arguments.policy) as llm,
+        _load_llm(arguments, screen, arguments.policy, arguments.prefetch) as llm,
         recorder_for(llm, _model_name(arguments.model), folder) as recorder,
     ):
         try:
@@ -242,6 +248,37 @@ def compare(arguments: argparse.Namespace, screen: Screen) -> int:
     return _compare_live(arguments, screen, show) if arguments.prompts else _replay(arguments, screen, show)
 
 
+def train(arguments: argparse.Namespace, screen: Screen) -> int:
+    """Train a policy; report first what training on parts of the traces is worth on the other parts."""
+    from flashmoe.progress_bar import progress_bar
+    from flashmoe.trace import load_trace
+    from flashmoe.train_policy import COLUMNS, TrainOptions, evaluate, folds_of, train_policy, write_policy
+
+    if not arguments.output.absolute().parent.is_dir():
+        raise ConfigError(f"no folder {arguments.output.parent} to write {arguments.output.name} to")
+    options = TrainOptions(
+        arguments.trees, rounds=arguments.rounds, seed=arguments.seed, jobs=arguments.jobs
+    )
+    traces = [load_trace(path) for path in arguments.trace]
+    show = screen.say if arguments.json else lambda lines: screen.write(lines + "\n")
+    rows = []
+    with progress_bar(counting=True) as progress:
+        for trace in () if arguments.no_report else traces:
+            for fold in folds_of(trace):
+                others = [other for other in traces if other is not trace]
+                text = train_policy([*others, fold.train], options, progress)
+                rows.append((trace.name, evaluate(text, fold, jobs=arguments.jobs)))
+                show(f"{trace.name}: held out {fold.name}, {len(fold.test)} of {len(trace)} tokens")
+                show(_table([COLUMNS, *(row.cells() for row in rows[-1][1])], " | "))
+        text = train_policy(traces, options, progress)
+    write_policy(arguments.output, text)
+    screen.remark(f"{arguments.output}: trained on {sum(map(len, traces))} tokens, {len(text) / 1e3:.0f} kB")
+    if arguments.json:
+        report = [{"trace": name, **row.as_dict()} for name, fold_rows in rows for row in fold_rows]
+        screen.write(json.dumps({"rows": report}) + "\n")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace, Screen], int]] = {
     "run": run,
     "plan": plan,
@@ -249,6 +286,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Screen], int]] = {
     "pack": pack,
     "trace": trace,
     "compare": compare,
+    "train-policy": train,
 }
 
 
@@ -299,7 +337,7 @@ def _compare_live(arguments: argparse.Namespace, screen: Screen, show: Callable[
         RunConfig(prefetch=value)
     contenders = [Contender(policy, prefetch) for policy in policies for prefetch in guesses]
     options = LiveOptions(arguments.generate or 64, arguments.max_tokens, arguments.repeat or 5)
-    with _load_llm(arguments, screen, policies[0], arguments.seed) as llm:
+    with _load_llm(arguments, screen, policies[0], guesses[0], arguments.seed) as llm:
         compared = compare_live(llm, documents, contenders, options, screen.remark)
     show(_table(compared.table(), " | "))
     show(
@@ -313,7 +351,9 @@ def _compare_live(arguments: argparse.Namespace, screen: Screen, show: Callable[
     return 0
 
 
-def _load_llm(arguments: argparse.Namespace, screen: Screen, policy: str, seed: int = 0) -> "LLM":
+def _load_llm(
+    arguments: argparse.Namespace, screen: Screen, policy: str, prefetch: str = "off", seed: int = 0
+) -> "LLM":
     from flashmoe.api import LLM
     from flashmoe.model_source import find_model
     from flashmoe.progress_bar import progress_bar
@@ -331,6 +371,9 @@ def _load_llm(arguments: argparse.Namespace, screen: Screen, policy: str, seed: 
             seed=seed,
             exact_activations=arguments.exact_activations,
             check_reads=arguments.check_reads,
+            scope=arguments.scope or "global",
+            prefetch=prefetch,
+            learn=getattr(arguments, "learn", False),
             progress=progress,
             on_plan=partial(_show_plan, screen=screen),
         )
@@ -464,22 +507,23 @@ def _check_pack_usage(arguments: argparse.Namespace) -> None:
 
 def _check_compare_usage(arguments: argparse.Namespace) -> None:
     """Traces or a model, each with its own options: exits with 2 otherwise."""
-    from cache_policies.registry import POLICY_NAMES
-    from flashmoe.compare import COMPARED_NAMES
+    from flashmoe.policies import COMPARED_NAMES, LIVE_NAMES, check_policy
     from flashmoe.policy_plot import SUFFIXES
 
     parser: argparse.ArgumentParser = arguments.parser
     if (arguments.trace is None) == (arguments.prompts is None):
         parser.error("give either --trace FILE, to replay, or --prompts FILE, to answer them with a model")
-    known: tuple[str, ...] = POLICY_NAMES if arguments.trace is None else COMPARED_NAMES
+    known = LIVE_NAMES if arguments.trace is None else COMPARED_NAMES
     misplaced = ON_TRACES if arguments.trace is None else LIVE
     for name in misplaced:
         if getattr(arguments, name) is not None:
             goes_with = "--trace" if misplaced is ON_TRACES else "--prompts"
             parser.error(f"--{name.replace('_', '-')} belongs to {goes_with} FILE")
-    for name in arguments.policies or ():
-        if name.partition(":")[0] not in known:
-            parser.error(f"--policies: unknown policy {name!r}; known are {', '.join(known)}")
+    for written in arguments.policies or ():
+        try:
+            check_policy(written, known)
+        except ConfigError as error:
+            parser.error(f"--policies: {error}")
     if arguments.plot is not None and arguments.plot.suffix.lower() not in SUFFIXES:
         parser.error(f"--plot {arguments.plot} should end in {' or '.join(SUFFIXES)}")
 

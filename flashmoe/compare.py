@@ -17,11 +17,11 @@ from typing import Any
 
 from cache_policies.belady import Belady
 from cache_policies.lru import LRU
-from cache_policies.policy import CachePolicy, Geometry
-from cache_policies.registry import POLICY_NAMES, REPLAY_NAMES, make_policy
+from cache_policies.policy import Geometry
 from cache_policies.replay import replay
 from cache_policies.routing_trace import RoutingTrace
-from flashmoe.errors import ConfigError, FlashMoEError, TraceError
+from flashmoe.errors import FlashMoEError, TraceError
+from flashmoe.policies import LIVE_NAMES, build_policy
 from flashmoe.trace import load_trace
 
 SCOPES = ("layer", "global")
@@ -29,10 +29,8 @@ COLUMNS = ("trace", "scope", "capacity", "policy", "hit rate", "misses", "gap cl
 # Each gap is measured from the floor to the ceiling.
 FLOOR, CEILING = LRU.name, Belady.name
 USES_SCORES = ("learned",)
-# What can be compared by name alone: the paper's network needs weights that somebody trained.
-COMPARED_NAMES = tuple(name for name in REPLAY_NAMES if name != "paper")
-# Compared when nobody says what: not LRB, which takes a hundred times as long.
-DEFAULT_NAMES = (*POLICY_NAMES, CEILING)
+# Compared when nobody says what: not LRB, which takes some ten times as long as the others.
+DEFAULT_NAMES = (*LIVE_NAMES, CEILING)
 
 Progress = Callable[[str, int, int], None]
 
@@ -103,14 +101,6 @@ class Comparison:
         groups = {key: number for number, key in enumerate(dict.fromkeys(map(_group, self.rows)))}
         asked = [row for row in self.rows if row.policy in order]
         return sorted(asked, key=lambda row: (groups[_group(row)], order[row.policy]))
-
-
-def build_policy(name: str, trace: RoutingTrace, geometry: Geometry, seed: int) -> CachePolicy:
-    """A fresh policy for a replay of `trace`. Raises ConfigError for an unknown name."""
-    try:
-        return make_policy(name, geometry, seed=seed, trace=trace)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def compare(
@@ -262,7 +252,7 @@ def _row(one: _Replay) -> CompareRow:
     per_layer = one.scope == "layer"
     slots = one.capacity if per_layer else one.capacity * trace.layers
     geometry = Geometry(trace.layers, trace.num_experts, trace.top_k, slots, per_layer)
-    counts = replay(trace, build_policy(one.policy, trace, geometry, one.seed), geometry)
+    counts = replay(trace, build_policy(one.policy, geometry, one.seed, trace), geometry)
     return CompareRow(
         one.trace, one.policy, one.scope, one.capacity, counts.events, counts.hits, counts.misses,
         trace.num_experts,

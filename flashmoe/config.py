@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cache_policies.registry import POLICY_NAMES
 from flashmoe.errors import ConfigError
 from flashmoe.models import FAMILIES
 from flashmoe.models.family import FamilySpec
+from flashmoe.policies import check_policy
 
 CONFIG_BYTES_LIMIT = 4 << 20  # published files are below 10 kB; anything far larger is not a config
 _ORIGINAL = "original_max_position_embeddings"
@@ -278,12 +278,12 @@ class RunConfig:
     check_reads: bool = False  # compare every expert read with its checksum
     scope: str = "global"  # of the policy's capacity: all layers share it, or "layer": each has its own
     prefetch: str = "off"  # "auto": if it is measured to pay; a number: at most so many guesses a layer
+    learn: bool = False  # keep the routing of chats, and train the learned policy on it
 
     def __post_init__(self) -> None:
         if not isinstance(self.ram_budget, str):
             raise ConfigError(f"ram_budget is {self.ram_budget!r}, not text such as 16G")
-        if self.policy not in POLICY_NAMES:
-            raise ConfigError(f"unknown policy {self.policy!r}; known are {', '.join(POLICY_NAMES)}")
+        check_policy(self.policy)
         if self.reader not in READER_NAMES:
             raise ConfigError(f"unknown reader {self.reader!r}; known are {', '.join(READER_NAMES)}")
         if self.scope not in SCOPES:

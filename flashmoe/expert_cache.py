@@ -296,6 +296,7 @@ class ExpertCache:
 
     def _drop_all_guesses(self) -> None:
         """Every spare slot is free afterwards."""
+        self._file_arrivals()
         self._drop_guesses(lambda key: True)
         while self._cancelled:
             self._wait_and_file()

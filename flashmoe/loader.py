@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from cache_policies.policy import Geometry
-from cache_policies.registry import make_policy
 from flashmoe.budget import BudgetPlan, Sizes, plan_budget
 from flashmoe.config import ModelConfig, RunConfig, load_model_config
 from flashmoe.decoder import Decoder
 from flashmoe.engine import Engine
 from flashmoe.errors import BudgetError, ConfigError
 from flashmoe.expert_cache import ExpertCache
+from flashmoe.policies import build_policy, policy_bytes
 from flashmoe.predictors import NextRouter
 from flashmoe.prefetch import AUTO_GUESSES, MAX_STAGING, Prefetcher
 from flashmoe.sizes import format_bytes, parse_size
@@ -81,9 +81,11 @@ def open_model(folder: Path) -> OpenedModel:
 def plan_model(model: OpenedModel, run: RunConfig) -> BudgetPlan:
     """What `run.ram_budget` buys for this model, in this process as it stands."""
     process = host.rss_bytes()
+    c = model.config
+    whole = Geometry(c.num_moe_layers, c.num_experts, c.num_experts_per_tok, len(model.read_plans))
     available = host.memory_limit().available_bytes + process
     sizes = Sizes(
-        process_bytes=process,
+        process_bytes=process + policy_bytes(run.policy, whole),
         dense_bytes=model.layout.dense_bytes,
         slot_bytes=model.slot_bytes,
         expert_bytes=max(plan.expert_bytes for plan in model.read_plans.values()),
@@ -145,7 +147,7 @@ def open_cache(model: OpenedModel, plan: BudgetPlan, run: RunConfig, reader_name
     """Empty slots and a policy that has seen nothing; allocates `plan.slots` experts."""
     reader = _open_reader(reader_name, model, run.check_reads)
     geometry = _geometry(model.config, plan.slots, run)
-    policy = make_policy(run.policy, geometry, seed=run.seed)
+    policy = build_policy(run.policy, geometry, run.seed)
     spare = plan.slots - geometry.capacity * (geometry.layers if geometry.per_layer else 1)
     return ExpertCache(model.read_plans, reader, ReadQueue(reader), policy, geometry, spare)
 

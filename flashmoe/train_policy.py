@@ -1,7 +1,7 @@
 """Train the learned policy on recorded traces, and report what it is worth on data sets it has not seen.
 
 LightGBM regresses log2 of the own-layer events until an expert's next use, at the moments when a victim must
-be chosen. The first round's decisions are those of LFU with ageing, the next ones' are of the model trained so far. What was
+be chosen. In the first round LFU with ageing chooses, in the next ones the model trained so far. What was
 tried instead is in docs/log.md.
 """
 
@@ -9,7 +9,8 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -254,6 +255,11 @@ def _in_processes(
     return results
 
 
-def without_scores(trace: RoutingTrace) -> RoutingTrace:
-    """As if only the chosen experts had been recorded."""
-    return replace(trace, scores=None)
+def write_policy(path: Path, text: str) -> None:
+    """All of it or nothing. Raises PolicyError."""
+    whole = path.with_name(path.name + ".part")
+    try:
+        whole.write_text(text, "ascii")
+        os.replace(whole, path)
+    except OSError as error:
+        raise PolicyError(f"{path} cannot be written: {error.strerror}") from error

@@ -224,7 +224,7 @@ def test_a_chunks_experts_may_leave_before_they_were_ever_resident(
     assert set(policy.victims(left, len(left))) == left
 
 
-@pytest.mark.parametrize("name", ["arc", "lecar", "s3-fifo", "sieve"])
+@pytest.mark.parametrize("name", ["arc", "lecar", "s3fifo", "sieve"])
 def test_a_queue_policy_does_not_take_what_left_before_it_came_for_a_resident(name: str) -> None:
     policy = make(name)
     for expert in (1, 2):
@@ -242,7 +242,7 @@ def test_names_are_distinct_and_each_policy_has_its_own() -> None:
 def test_layers_with_slots_of_their_own_have_a_queue_policy_each() -> None:
     """Layer 1's misses must not push layer 0's history out, nor count as its requests."""
     geometry = Geometry(layers=2, experts=8, top_k=1, capacity=2, per_layer=True)
-    for name in ("arc", "lecar", "s3-fifo", "sieve"):
+    for name in ("arc", "lecar", "s3fifo", "sieve"):
         policy, alone = make_policy(name, geometry), make_policy(name, geometry)
         victims: list[list[ExpertId]] = [[], []]
         for which, layers in ((policy, (0, 1)), (alone, (0,))):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from engines import build_engine, greedy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from test_expert_cache import EXPERT_BYTES, ScriptedDrive, fetch, make_cache, stream
 from torch import Tensor
@@ -55,7 +57,7 @@ class PatientDrive(ScriptedDrive):
             self.broken = healthy
 
     def cancel(self, request: Request) -> bool:
-        if self.begun:
+        if self.begun and request in self.waiting:
             tag, _, _, done = self.waiting.pop(request)
             done.put(Completion(tag, None, ReadError("cancelled"), EXPERT_BYTES // 2, 0.0))
         return not self.begun and self.waiting.pop(request, None) is not None
@@ -126,6 +128,37 @@ def test_a_guess_that_cannot_be_read_is_nobodys_error_and_is_read_again_when_ask
     with pytest.raises(ReadError):  # asked for, it is an error like any other
         fetch(cache, 0, [4])
     assert sorted(fetch(cache, 0, [1, 2, 3, 5])) == [1, 2, 3, 5]
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_mix_of_events_and_guesses_loses_no_slot_and_keeps_to_the_capacity(data: st.DataObject) -> None:
+    slots, spare = data.draw(st.integers(3, 12)), data.draw(st.integers(0, 4))
+    cache, drive = make_patient(slots, spare)
+    plain, sick = make_patient(slots, spare)
+    experts = st.lists(st.integers(0, 7), min_size=1, max_size=3, unique=True)
+    for _ in range(data.draw(st.integers(1, 10))):
+        layer, routed = data.draw(st.integers(0, 1)), data.draw(experts)
+        event = fetch if data.draw(st.booleans()) else stream
+        drive.broken_guesses = {(layer, expert) for expert in data.draw(experts)}
+        drive.broken = sick.broken = {(layer, routed[0])} if data.draw(st.integers(0, 4)) == 0 else set()
+        cache.prefetch([(data.draw(st.integers(0, 1)), expert) for expert in data.draw(experts)], 9)
+        drive.begun = data.draw(st.booleans())
+        if data.draw(st.booleans()):
+            drive.arrive()
+        for each in (cache, plain):
+            try:
+                assert sorted(event(each, layer, routed)) == sorted(routed)
+            except ReadError:
+                assert drive.broken
+        assert len(cache.resident) <= slots
+        assert (cache.counters.hits, cache.counters.misses) == (plain.counters.hits, plain.counters.misses)
+        staging = len(cache._guesses) + len(cache._staged) + len(cache._cancelled)
+        assert len(cache._free) + len(cache._residents) + staging == slots + spare and staging <= spare
+        assert set(cache._residents) == cache.resident
+    for each in (cache, plain):
+        each.close()
+        assert len(each._free) == slots + spare
 
 
 class Anything:

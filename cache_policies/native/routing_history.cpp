@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 namespace flashmoe {
@@ -15,6 +16,16 @@ constexpr float kTokenBefore = 0.2f, kLayerBefore = 0.85f;
 constexpr float kSameToken = 4.f;  // the same token id counts as much as four common experts
 constexpr float kSharpness = 0.4f;
 constexpr int kTransitionsMax = 512;
+
+// As a trace stores it, rounded to half precision: a run and its replay must see the same numbers. For 0 <= x < 2^15.
+float as_half(float x) {
+  if (!(x >= 6.103515625e-5f)) return std::nearbyint(x * 16777216.f) / 16777216.f;  // subnormal there
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  bits = (bits + 0x0fff + (bits >> 13 & 1)) & ~uint32_t(0x1fff);
+  std::memcpy(&x, &bits, sizeof(bits));
+  return x;
+}
 
 // Compiled for several instruction sets, the best one chosen when the module loads.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
@@ -95,7 +106,7 @@ void RoutingHistory::step(int layer, const int* routed, int n, const float* weig
     Expert& e = experts_[index(layer, routed[j])];
     const int age = now - e.last;
     for (int h = 0; h < kRates; h++) e.rates[h] = e.rates[h] * decay(h, age) + 1;
-    const float weight = weights ? weights[j] * n : 1.f;
+    const float weight = weights ? as_half(weights[j]) * n : 1.f;
     e.weight_fast = e.weight_fast * decay(1, age) + weight;
     e.weight_slow = e.weight_slow * decay(kSlow, age) + weight;
     e.last_weight = weights ? weight : kUnknown;
@@ -107,10 +118,10 @@ void RoutingHistory::step(int layer, const int* routed, int n, const float* weig
   if (scores) {
     for (int i = 0; i < shape_.experts; i++) {
       Expert& e = experts_[index(layer, i)];
-      e.score = scores[i];
       const bool first = std::isnan(e.score_fast);
-      e.score_fast = first ? scores[i] : e.score_fast + 0.2f * (scores[i] - e.score_fast);
-      e.score_slow = first ? scores[i] : e.score_slow + 0.03f * (scores[i] - e.score_slow);
+      e.score = as_half(scores[i]);
+      e.score_fast = first ? e.score : e.score_fast + 0.2f * (e.score - e.score_fast);
+      e.score_slow = first ? e.score : e.score_slow + 0.03f * (e.score - e.score_slow);
     }
   }
   if (at_newest_token(layer)) compare(layer);

@@ -1,0 +1,188 @@
+"""`--learn`: a policy of the user's own, trained in the background on the routing of their own chats.
+
+A run records its routing; when it ends, the trace goes into a folder of this model's and, once enough is new,
+a process of low priority trains there. The next run begins with what it found. Nothing leaves the machine, no
+text is stored: a trace holds expert ids, router scores and token ids. Folders may be deleted at any time.
+
+    python -m flashmoe.learning FOLDER    trains there now
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cache_policies.routing_trace import RoutingTrace, join_traces
+from flashmoe.errors import PolicyError, TraceError
+from storage.storage_errors import StorageError
+
+if TYPE_CHECKING:
+    from flashmoe.config import ModelConfig
+    from flashmoe.trace import TraceRecorder
+
+# Of the newest tokens so many are kept; of new ones so many are worth a training.
+MOST_TOKENS, NEW_TOKENS = 40_000, 2_000
+LEAST_RECORDED = 32  # tokens of a run that are worth a file
+POLICY_NAME, REPORT_NAME, LOCK_NAME, TRACES_NAME = "policy.txt", "report.json", "training", "traces"
+STALE_LOCK_S = 4 * 3600.0
+
+
+class Learning:
+    """One run's part in it: records, and when the run is over stores the trace and starts a training."""
+
+    def __init__(self, recorder: "TraceRecorder", folder: Path) -> None:
+        self.recorder, self.folder = recorder, folder
+        self.outcome = ""  # for people, once it has ended
+
+    @classmethod
+    def begin(cls, config: "ModelConfig", model: Path) -> "Learning":
+        """For the model in this folder. StorageError when nothing can be written."""
+        from flashmoe.trace import TraceRecorder
+
+        folder = learning_folder(config, model)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"--learn cannot write to {folder}: {error.strerror}") from error
+        meta = {"model_type": config.model_type, "recorded_by": "flashmoe run --learn"}
+        shape = config.num_moe_layers, config.num_experts, config.num_experts_per_tok
+        return cls(TraceRecorder(*shape, meta, folder), folder)
+
+    def policy(self, asked_for: str) -> str:
+        """The user's own policy instead of the shipped one, if there is one."""
+        own = own_policy(self.folder)
+        return asked_for if own is None or asked_for != "learned" else f"learned:{own}"
+
+    def end(self) -> None:
+        """Safe to call once. StorageError when the trace cannot be stored."""
+        with self.recorder:
+            new = keep(self.recorder, self.folder)
+        if new >= NEW_TOKENS and train_in_background(self.folder):
+            self.outcome = f"learn: {new} new tokens, training a policy of your own in the background"
+        else:
+            self.outcome = f"learn: {new} of {NEW_TOKENS} new tokens for the next training"
+
+
+def learning_folder(config: "ModelConfig", model: Path) -> Path:
+    """Where a model's traces and policy live. Models of one name and shape share them."""
+    from platformdirs import user_data_path
+
+    shape = (config.model_type, config.num_moe_layers, config.num_experts, config.num_experts_per_tok)
+    digest = hashlib.sha256(repr((model.resolve().name, shape)).encode()).hexdigest()[:12]
+    return user_data_path("flashmoe", appauthor=False) / "learned" / digest
+
+
+def own_policy(folder: Path) -> Path | None:
+    """The policy trained there, if there is one yet."""
+    path = folder / POLICY_NAME
+    return path if path.is_file() else None
+
+
+def keep(recorder: "TraceRecorder", folder: Path) -> int:
+    """Store what a run recorded, drop the oldest beyond MOST_TOKENS; returns the tokens not trained on yet.
+
+    Raises StorageError when it cannot be written.
+    """
+    traces = folder / TRACES_NAME
+    if len(recorder) >= LEAST_RECORDED:
+        traces.mkdir(parents=True, exist_ok=True)
+        recorder.save(traces / f"{time.time_ns()}-{len(recorder)}.npz")
+    kept = new = 0
+    trained_s = (folder / REPORT_NAME).stat().st_mtime if (folder / REPORT_NAME).is_file() else 0.0
+    for path in sorted(traces.glob("*.npz"), reverse=True):
+        tokens = _tokens(path)
+        if kept and kept + tokens > MOST_TOKENS:
+            path.unlink()
+            continue
+        kept += tokens
+        new += tokens if path.stat().st_mtime > trained_s else 0
+    return new
+
+
+def train_in_background(folder: Path) -> bool:
+    """Start a training unless one runs already; it outlives this process and yields to everything else."""
+    lock = folder / LOCK_NAME
+    try:
+        if time.time() - lock.stat().st_mtime > STALE_LOCK_S:
+            lock.unlink()
+    except OSError:
+        pass  # no training runs
+    try:
+        os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    subprocess.Popen(
+        [sys.executable, "-m", "flashmoe.learning", str(folder)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    return True
+
+
+def improve(folder: Path, jobs: int = 1) -> dict[str, object]:
+    """Train on the folder's traces; keep the result only if it hits more than what is in use now, on the last
+    fifth of them, which it did not see. Returns, and leaves in the folder, a report."""
+    from flashmoe.policy_file import shipped_policy
+    from flashmoe.trace import load_trace
+    from flashmoe.train_policy import Fold, TrainOptions, evaluate, train_policy
+
+    parts: list[RoutingTrace] = []
+    for path in sorted((folder / TRACES_NAME).glob("*.npz")):
+        try:
+            parts.append(load_trace(path))
+        except TraceError:
+            path.unlink()  # half written, or somebody else's: it would fail every time
+    if not parts:
+        raise PolicyError(f"{folder} has no traces; chat with --learn first")
+    trace = join_traces(parts, "own chats")
+    cut = max(1, round(0.8 * len(trace)))
+    fold = Fold("last fifth", trace.rows(0, cut), trace.rows(cut, len(trace)))
+    own = own_policy(folder)
+    current = shipped_policy() if own is None else own.read_text("ascii")
+    options = TrainOptions(jobs=jobs)
+    candidate = train_policy([fold.train], options)
+    rates = [_mean([row.learned for row in evaluate(text, fold, jobs=jobs)]) for text in (current, candidate)]
+    better = rates[1] > rates[0]
+    if better:
+        _write(folder / POLICY_NAME, train_policy([trace], options))
+    report: dict[str, object] = {
+        "tokens": len(trace), "hit_rate_before": rates[0], "hit_rate_trained": rates[1], "kept": better,
+    }  # fmt: skip
+    _write(folder / REPORT_NAME, json.dumps(report) + "\n")
+    return report
+
+
+def _tokens(path: Path) -> int:
+    count = path.stem.rpartition("-")[2]
+    return int(count) if count.isdigit() else 0
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _write(path: Path, text: str) -> None:
+    whole = path.with_suffix(".part")
+    whole.write_text(text, "ascii")
+    os.replace(whole, path)
+
+
+def main(folder: Path, train: Callable[[Path], object] = improve) -> None:
+    """One training at the lowest priority; the lock goes whatever happens."""
+    import psutil
+
+    lowest = getattr(psutil, "IDLE_PRIORITY_CLASS", 19)  # Windows has classes, others a number
+    psutil.Process().nice(lowest)
+    try:
+        train(folder)
+    finally:
+        (folder / LOCK_NAME).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
