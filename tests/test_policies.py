@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 
 from cache_policies import lrb, paper_network, table_policy
 from cache_policies.arc import ARC
+from cache_policies.learned import Learned
 from cache_policies.lecar import LeCaR
 from cache_policies.lfu_aged import AgedLFU
 from cache_policies.lrb import LRB
+from cache_policies.native._learned import Trees
 from cache_policies.paper_network import PaperNetwork, PaperWeights
 from cache_policies.policy import CachePolicy, ExpertId, Geometry
 from cache_policies.queue_policy import QueuePolicy
@@ -29,11 +31,12 @@ from cache_policies.registry import REPLAY_NAMES, make_policy
 from cache_policies.routing_trace import RoutingTrace
 from cache_policies.s3fifo import S3FIFO
 from cache_policies.sieve import SIEVE
+from flashmoe.policy_file import read_policy
 
 Event = tuple[int, list[int]]  # layer, routed experts
 
 # All but Belady, which serves one trace only: tests/test_replay.py.
-ONLINE = [name for name in REPLAY_NAMES if name != "belady"]
+ONLINE = [*(name for name in REPLAY_NAMES if name != "belady"), "learned"]
 every_policy = pytest.mark.parametrize("name", ONLINE)
 
 
@@ -80,7 +83,14 @@ def replay(policy: CachePolicy, trace: Iterable[Event], capacity: int, arrivals:
 
 def make(name: str, seed: int = 0, capacity: int = 24) -> CachePolicy:
     geometry = Geometry(layers=4, experts=512, top_k=4, capacity=capacity)
+    if name == "learned":
+        return Learned(geometry, shipped_trees())
     return make_policy(name, geometry, seed=seed, paper_weights=random_weights(layers=4, experts=512))
+
+
+@functools.cache
+def shipped_trees() -> Trees:
+    return read_policy()
 
 
 @functools.cache
@@ -179,7 +189,7 @@ def test_asking_for_more_victims_than_may_leave_is_an_error(name: str) -> None:
     assert len(policy.victims(residents, 2)) == 2
 
 
-@pytest.mark.parametrize("name", sorted({*ONLINE} - {"random", "paper"}))
+@pytest.mark.parametrize("name", sorted({*ONLINE} - {"random", "paper", "learned"}))
 def test_equals_leave_in_order_of_layer_and_expert(name: str) -> None:
     policy = make(name)
     residents = fill(policy, (1, 0), (0, 3), (0, 1), (1, 2))

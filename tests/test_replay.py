@@ -19,9 +19,11 @@ from cache_policies.registry import REPLAY_NAMES, make_policy
 from cache_policies.replay import ReplayCounts, replay, serving_order
 from cache_policies.residency import ChunkPlan, Residency
 from cache_policies.routing_trace import PREFILL_CHUNK, SPAN, RoutingTrace, forwards_of
+from flashmoe.policies import build_policy
 
 E = 8
-every_policy = pytest.mark.parametrize("name", REPLAY_NAMES)
+ALL_NAMES = (*REPLAY_NAMES, "learned")
+every_policy = pytest.mark.parametrize("name", ALL_NAMES)
 
 
 def make_trace(
@@ -49,6 +51,8 @@ def traces(draw: st.DrawFn, chunks: bool = False, tokens: int = 25, experts: int
 
 
 def policy_for(name: str, trace: RoutingTrace, geometry: Geometry) -> CachePolicy:
+    if name == "learned":
+        return build_policy(name, geometry)
     return make_policy(name, geometry, trace=trace, paper_weights=some_weights(trace))
 
 
@@ -112,7 +116,7 @@ def test_no_sequences_are_an_empty_trace_that_replays_to_nothing() -> None:
     assert len(empty) == 0 and empty.layers == 1 and list(empty.spans()) == []
     assert empty.forward_offsets.tolist() == empty.seq_offsets.tolist() == [0]
     geometry = Geometry(1, 9, 1, 4)
-    for name in REPLAY_NAMES:
+    for name in ALL_NAMES:
         assert replay(empty, policy_for(name, empty, geometry), geometry) == ReplayCounts(0, 0, 0)
     assert ReplayCounts(0, 0, 0).hit_rate == 0
 
@@ -325,7 +329,7 @@ def test_a_geometry_of_another_model_is_refused() -> None:
 def test_emptying_the_cache_leaves_nobody_and_the_policy_goes_on() -> None:
     for per_layer in (False, True):
         geometry = Geometry(layers=2, experts=8, top_k=1, capacity=4, per_layer=per_layer)
-        for name in sorted({*REPLAY_NAMES} - {"belady"}):
+        for name in sorted({*ALL_NAMES} - {"belady"}):
             trace = make_trace([[[0], [1]], [[2], [3]]])
             residency = Residency(policy_for(name, trace, geometry), geometry)
             held = serve(trace, residency)[-1]
@@ -354,7 +358,7 @@ def test_next_uses_are_what_a_loop_finds(trace: RoutingTrace) -> None:
         assert first[layer].tolist() == [use_after(layer, expert, -1) for expert in range(E)]
 
 
-@pytest.mark.parametrize("name", sorted({*REPLAY_NAMES} - {"belady"}))
+@pytest.mark.parametrize("name", sorted({*ALL_NAMES} - {"belady"}))
 @settings(deadline=None)
 @given(data=st.data(), trace=traces())
 def test_no_policy_has_more_hits_than_belady(name: str, data: st.DataObject, trace: RoutingTrace) -> None:
