@@ -293,7 +293,7 @@ class InMemoryExperts:
     def __init__(self, matrices: list[Tensor]) -> None:
         self.matrices = matrices
 
-    def observe(self, layer: int, routed: list[list[int]], weights: list[list[float]]) -> None:
+    def observe(self, layer: int, *tokens: object) -> None:
         pass
 
     def stream(self, layer: int, experts: list[int]) -> Iterator[tuple[int, Addresses]]:
