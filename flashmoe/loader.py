@@ -155,7 +155,7 @@ def open_cache(model: OpenedModel, plan: BudgetPlan, run: RunConfig, reader_name
 def _geometry(config: ModelConfig, slots: int, run: RunConfig) -> Geometry:
     """The policy's share of the slots; with `run.prefetch` some are left for guesses."""
     layers, top_k = config.num_moe_layers, config.num_experts_per_tok
-    staging = 0 if run.prefetch == "off" else min(MAX_STAGING, slots // 16, slots - top_k)
+    staging = min(2 * _guesses(run), MAX_STAGING, slots // 16, slots - top_k)
     capacity, per_layer = slots - staging, run.scope == "layer"
     if per_layer:
         capacity //= layers
@@ -173,9 +173,14 @@ def open_prefetcher(
     """What `run.prefetch` asks for, having measured nothing yet; None: nothing."""
     if run.prefetch == "off":
         return None
-    automatic = run.prefetch == "auto"
-    at_most = AUTO_GUESSES if automatic else int(run.prefetch)
-    return Prefetcher(NextRouter(config, weights, kernels), at_most, automatic)
+    return Prefetcher(NextRouter(config, weights, kernels), _guesses(run), run.prefetch == "auto")
+
+
+def _guesses(run: RunConfig) -> int:
+    """At most so many a layer."""
+    if run.prefetch == "off":
+        return 0
+    return AUTO_GUESSES if run.prefetch == "auto" else int(run.prefetch)
 
 
 def _open_reader(name: str, model: OpenedModel, check_reads: bool) -> ExpertReader:
