@@ -79,7 +79,9 @@ RoutingHistory::RoutingHistory(Shape shape)
       token_ids_(kHistory, -1),
       alike_(kHistory, 0),
       alike_recent_(kHistory, 0),
-      context_(kHistory, 0) {
+      context_(kHistory, 0),
+      likeness_(kHistory, 0),
+      on_(shape.experts) {
   for (int h = 0; h < kRates; h++) {
     decays_[h].resize(kDecays);
     for (int age = 0; age < kDecays; age++) decays_[h][age] = std::exp2(-float(age) / kHalfLives[h]);
@@ -177,18 +179,20 @@ void RoutingHistory::compare(int layer) {
 void RoutingHistory::find_matches() {
   const int n = std::min(tokens_, kHistory), present = (tokens_ + kHistory - 1) % kHistory;
   matches_.clear();
+  voted_ = -1;
   best_alike_ = votes_ = 0;
-  float best = 0;
-  for (int p = 0; p < n; p++) {
-    const float alike = p == present ? kOut : alike_recent_[p] + context_[p];
-    best = std::max(best, alike);
-  }
+  constexpr int kLanes = 16;  // so many running maxima, for a single one waits for itself
+  float best_of[kLanes] = {};
+  for (int p = 0; p < kHistory; p++) likeness_[p] = alike_recent_[p] + context_[p];
+  likeness_[present] = kOut;
+  for (int p = 0; p < kHistory; p += kLanes)
+    for (int i = 0; i < kLanes; i++) best_of[i] = best_of[i] < likeness_[p + i] ? likeness_[p + i] : best_of[i];
+  const float best = *std::max_element(best_of, best_of + kLanes);
   if (best <= 0) return;
   const float least = std::max(1e-3f, best - 5 / kSharpness);
   ranked_.clear();
   for (int p = 0; p < n; p++) {
-    const float alike = alike_recent_[p] + context_[p];
-    if (alike >= least && p != present) ranked_.emplace_back(-alike, p);
+    if (likeness_[p] >= least) ranked_.emplace_back(-likeness_[p], p);
   }
   if (ranked_.size() > kMatches) {
     std::nth_element(ranked_.begin(), ranked_.begin() + kMatches, ranked_.end());
@@ -207,13 +211,36 @@ float RoutingHistory::rate(const Expert& e, int layer, int half_life) const {
   return e.rates[half_life] * decay(half_life, events_[layer] - e.last);
 }
 
-bool RoutingHistory::used(int layer, int place, int expert) const {
-  return sets_[(size_t(layer) * kHistory + place) * words_ + (expert >> 6)] >> (expert & 63) & 1;
+// How soon behind each match its experts were used; what lies beyond the present is not known and counts as late.
+void RoutingHistory::count_votes(int layer) {
+  voted_ = layer;
+  on_.assign(on_.size(), {{0, 0, 0, 0}, votes_ * (kAhead + 1)});
+  const int present = (tokens_ + kHistory - 1) % kHistory;
+  const uint64_t* sets = &sets_[size_t(layer) * kHistory * words_];
+  for (int w = 0; w < words_; w++) {
+    for (const Match& match : matches_) {
+      uint64_t seen = 0;
+      int place = match.place;
+      for (int ahead = 1; ahead <= kAhead && place != present; ahead++) {
+        place = place + 1 == kHistory ? 0 : place + 1;
+        uint64_t fresh = sets[size_t(place) * words_ + w] & ~seen;
+        seen |= fresh;
+        for (; fresh; fresh &= fresh - 1) {
+          Votes& on = on_[w * 64 + __builtin_ctzll(fresh)];
+          if (ahead <= 1) on.within[0] += match.weight;
+          if (ahead <= 2) on.within[1] += match.weight;
+          if (ahead <= 4) on.within[2] += match.weight;
+          on.within[3] += match.weight;
+          on.distance -= match.weight * (kAhead + 1 - ahead);
+        }
+      }
+    }
+  }
 }
 
 // Everything is scaled by how often an average expert is used (K / E), so that a model trained on one
 // architecture means something on another.
-void RoutingHistory::features(int layer, int expert, float slots, float* out) const {
+void RoutingHistory::features(int layer, int expert, float slots, float* out) {
   const Expert& e = experts_[index(layer, expert)];
   const int now = events_[layer];
   const float period = float(shape_.experts) / shape_.top_k;  // events between two uses of an average expert
@@ -244,27 +271,9 @@ void RoutingHistory::features(int layer, int expert, float slots, float* out) co
   *f++ = sum / shape_.top_k * period;
   *f++ = most * period;
 
-  // How soon behind each match the expert was used; what lies beyond the present is not known and counts as late.
-  float within[4] = {}, distance = 0;
-  const int present = (tokens_ + kHistory - 1) % kHistory;
-  for (const Match& match : matches_) {
-    int ahead = 1, place = match.place;
-    for (; ahead <= kAhead; ahead++) {
-      if (place == present) {
-        ahead = kAhead + 1;
-        break;
-      }
-      place = place + 1 == kHistory ? 0 : place + 1;
-      if (used(layer, place, expert)) break;
-    }
-    within[0] += ahead <= 1 ? match.weight : 0;
-    within[1] += ahead <= 2 ? match.weight : 0;
-    within[2] += ahead <= 4 ? match.weight : 0;
-    within[3] += ahead <= 16 ? match.weight : 0;
-    distance += match.weight * ahead;
-  }
-  for (float w : within) *f++ = votes_ > 0 ? w / votes_ : kUnknown;
-  *f++ = votes_ > 0 ? distance / votes_ : kUnknown;
+  if (voted_ != layer) count_votes(layer);
+  for (float w : on_[expert].within) *f++ = votes_ > 0 ? w / votes_ : kUnknown;
+  *f++ = votes_ > 0 ? on_[expert].distance / votes_ : kUnknown;
   *f++ = best_alike_ / shape_.top_k;
   *f++ = votes_;
 

@@ -35,7 +35,7 @@ class RoutingHistory {
   // Find the past tokens most like the present one, seen from `layer`. Call before `features`.
   void find_matches();
   // [kFeatures] of one expert; NaN stands for "not known". `slots`: those of a layer, on average.
-  void features(int layer, int expert, float slots, float* out) const;
+  void features(int layer, int expert, float slots, float* out);
 
   Shape shape() const { return shape_; }
   int events(int layer) const { return events_[layer]; }
@@ -54,14 +54,18 @@ class RoutingHistory {
     int place;
     float weight;
   };
+  // The votes of all matches on one expert: used within 1, 2, 4, 16 tokens behind them, and how far on average.
+  struct Votes {
+    float within[4], distance;
+  };
 
   size_t index(int layer, int expert) const { return size_t(layer) * shape_.experts + expert; }
   float decay(int half_life, int age) const { return decays_[half_life][age < kDecays ? age : kDecays - 1]; }
   float rate(const Expert& e, int layer, int half_life) const;
-  bool used(int layer, int place, int expert) const;
   void begin_token(int token);
   void count_transitions(int layer, const int* routed, int n);
   void compare(int layer);
+  void count_votes(int layer);
 
   static constexpr int kDecays = 4096;
   Shape shape_;
@@ -77,8 +81,11 @@ class RoutingHistory {
   std::vector<uint64_t> sets_;                    // [L, kHistory, words]
   std::vector<int> token_ids_;                    // [kHistory]
   std::vector<float> alike_, alike_recent_, context_;  // [kHistory], see compare()
+  std::vector<float> likeness_;  // [kHistory]
   std::vector<std::pair<float, int>> ranked_;
   std::vector<Match> matches_;
+  std::vector<Votes> on_;  // [E], of the layer `voted_`
+  int voted_ = -1;
   float best_alike_ = 0, votes_ = 0;
 };
 
