@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import Any
 
 from flashmoe.budget import BudgetPlan
-from flashmoe.config import RunConfig
+from flashmoe.config import PREDICTOR_NAMES, RunConfig
 from flashmoe.errors import ConfigError, FlashMoEError
 from flashmoe.learning import Learning
-from flashmoe.loader import load_engine, open_cache, open_model, open_prefetcher, plan_model
+from flashmoe.loader import load_engine, open_cache, open_model, open_prefetcher, plan_model, share_slots
 from flashmoe.model_source import Progress, find_model
 from flashmoe.sampler import Sampler, SamplingParams, StopStrings
 from flashmoe.stats import GenerationStats, TokenStats
@@ -71,6 +71,7 @@ class LLM:
         check_reads: bool = False,
         scope: str = "global",
         prefetch: str = "off",
+        predictor: str = PREDICTOR_NAMES[0],
         learn: bool = False,
         progress: Progress | None = None,
         on_plan: Callable[[BudgetPlan], None] | None = None,
@@ -79,14 +80,15 @@ class LLM:
 
         `model`: folder, Hugging Face repo id, or None for the demo model. `ram_budget`: "16G", "80%", bytes,
         "auto". `exact_activations`: fp32 activations for int4 and int8 weights too, which otherwise meet int8
-        ones. `check_reads`: compare each expert read with its checksum (packed models). `learn`: keep the
+        ones. `check_reads`: compare each expert read with its checksum (packed models). `prefetch`: "off",
+        "auto" or at most so many guesses a layer, "2", that `predictor` makes. `learn`: keep the
         routing on this machine and train the learned policy on it after `close`. `on_plan` is called
         once with what the budget buys, before anything is allocated; `progress(what, done, total)` while the
         model is prepared and its dense weights load.
         """
         self.run_config = RunConfig(
             str(ram_budget), policy, reader, context, threads, seed, exact_activations, check_reads, scope,
-            prefetch, learn,
+            prefetch, learn, predictor,
         )  # fmt: skip
         self._opened = open_model(find_model(None if model is None else str(model), progress))
         self.config, self.tokenizer = self._opened.config, self._opened.tokenizer
@@ -197,21 +199,23 @@ class LLM:
             return "length"
         return "context" if self.engine.is_full else None
 
-    def use_policy(self, policy: str, prefetch: str | None = None) -> None:
+    def use_policy(self, policy: str, prefetch: str | None = None, predictor: str | None = None) -> None:
         """Go on with empty slots under another policy, which has seen nothing; weights and KV cache stay.
 
-        `prefetch`: another one, too; None leaves it as it is.
+        `prefetch`, `predictor`: others, too; None leaves them as they are. The predictor has seen nothing.
         """
         self.run_config = run = replace(
             self.run_config,
             policy=policy,
             prefetch=self.run_config.prefetch if prefetch is None else prefetch,
+            predictor=self.run_config.predictor if predictor is None else predictor,
         )
+        self.plan = share_slots(self.plan, self.config, run)
         self.expert_cache.close()
         decoder = self.engine.decoder
         self.expert_cache = open_cache(self._opened, self.plan, run, self.probed.reader)
         decoder.experts = self.expert_cache
-        decoder.prefetcher = open_prefetcher(self.config, self._weights, decoder.kernels, run)
+        decoder.prefetcher = open_prefetcher(decoder, self._weights, self.plan, run)
 
     def close(self) -> None:
         """Free the expert slots and close the files; safe to call twice."""

@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 LARGEST_COUNT = 10_000_000
 
 
+class _PredictorNames:
+    """The predictors' names, looked up as late as the policies'."""
+
+    def __iter__(self) -> Iterator[str]:
+        from flashmoe.config import PREDICTOR_NAMES
+
+        return iter(PREDICTOR_NAMES)
+
+
 class _PolicyNames:
     """The policies' names, looked up when `--policy` or its help is used: that needs numpy. A name may carry
     a file."""
@@ -270,6 +279,12 @@ def _add_running_options(parser: argparse.ArgumentParser, one_policy: bool = Tru
             metavar="auto|off|N",
             help="read what the next layers may need while the drive is idle: at most N experts a layer, or"
             " auto, where it is measured to pay (default: off)",
+        )
+        add(
+            "--predictor",
+            choices=_PredictorNames(),
+            metavar="NAME",
+            help="with --prefetch: who guesses, %(choices)s (default: next-router)",
         )
     add(
         "--reader",

@@ -51,6 +51,7 @@ class BudgetPlan:
     smallest_budget_bytes: int
     token_cycle_experts: int  # layers x top-k: the experts one token uses
     warnings: tuple[str, ...]
+    staging_slots: int = 0  # of `slots`, those that guesses are read into
 
     @property
     def slots_bytes(self) -> int:
@@ -64,6 +65,9 @@ class BudgetPlan:
     def rows(self) -> list[tuple[str, str, str]]:
         """(part, size, remark) for people."""
         share = self.slots / self.experts
+        each = f"{format_bytes(self.slot_bytes)} each"
+        if self.staging_slots:
+            each += f", {self.staging_slots} of them for guesses"
         return [
             ("process", format_bytes(self.process_bytes), "interpreter and libraries"),
             ("dense weights", format_bytes(self.dense_bytes), "attention, router, embeddings"),
@@ -71,7 +75,7 @@ class BudgetPlan:
             ("workspace", format_bytes(self.workspace_bytes), 
              f"prefill, {min(PREFILL_CHUNK, self.context)} tokens at a time"),
             ("expert slots", format_bytes(self.slots_bytes),
-             f"{self.slots} of {self.experts} experts ({share:.0%}), {format_bytes(self.slot_bytes)} each"),
+             f"{self.slots} of {self.experts} experts ({share:.0%}), {each}"),
             ("planned", format_bytes(self.planned_bytes), f"of {format_bytes(self.budget_bytes)}"),
         ]  # fmt: skip
 

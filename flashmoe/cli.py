@@ -116,9 +116,10 @@ def plan(arguments: argparse.Namespace, screen: Screen) -> int:
 
 def bench(arguments: argparse.Namespace, screen: Screen) -> int:
     """Measure prefill and decode. The table goes to stdout, or to stderr when stdout is to carry JSON."""
+    _check_predictor_usage(arguments)
     from flashmoe.bench import COLUMNS, Bench, context_for
     from flashmoe.bench_text import BUILT_IN_TEXT, TokenText, read_prompts
-    from flashmoe.config import RunConfig
+    from flashmoe.config import PREDICTOR_NAMES, RunConfig
     from flashmoe.loader import load_engine, plan_model
     from flashmoe.progress_bar import progress_bar
 
@@ -135,6 +136,7 @@ def bench(arguments: argparse.Namespace, screen: Screen) -> int:
         check_reads=arguments.check_reads,
         scope=arguments.scope,
         prefetch=arguments.prefetch,
+        predictor=arguments.predictor or PREDICTOR_NAMES[0],
     )
     model = _open(arguments)
     text = TokenText(model.tokenizer, texts)
@@ -203,6 +205,7 @@ def pack(arguments: argparse.Namespace, screen: Screen) -> int:
 
 def trace(arguments: argparse.Namespace, screen: Screen) -> int:
     """Record a routing trace. What had run when Ctrl-C came is kept."""
+    _check_predictor_usage(arguments)
     from flashmoe.documents import read_documents
     from flashmoe.progress_bar import progress_bar
     from flashmoe.record import RecordOptions, record, recorder_for
@@ -355,6 +358,7 @@ def _load_llm(
     arguments: argparse.Namespace, screen: Screen, policy: str, prefetch: str = "off", seed: int = 0
 ) -> "LLM":
     from flashmoe.api import LLM
+    from flashmoe.config import PREDICTOR_NAMES
     from flashmoe.model_source import find_model
     from flashmoe.progress_bar import progress_bar
 
@@ -373,6 +377,7 @@ def _load_llm(
             check_reads=arguments.check_reads,
             scope=arguments.scope or "global",
             prefetch=prefetch,
+            predictor=getattr(arguments, "predictor", None) or PREDICTOR_NAMES[0],
             learn=getattr(arguments, "learn", False),
             progress=progress,
             on_plan=partial(_show_plan, screen=screen),
@@ -530,6 +535,7 @@ def _check_compare_usage(arguments: argparse.Namespace) -> None:
 
 def _check_run_usage(arguments: argparse.Namespace) -> None:
     """Options that say nothing together are wrong usage: exits with 2."""
+    _check_predictor_usage(arguments)
     parser: argparse.ArgumentParser = arguments.parser
     if arguments.per_token and arguments.stats_json is None:
         parser.error("--per-token adds to --stats-json FILE, which is missing")
@@ -537,6 +543,11 @@ def _check_run_usage(arguments: argparse.Namespace) -> None:
         parser.error("--raw continues the prompt alone: it has no place for --system")
     if arguments.raw and arguments.prompt is None and sys.stdin is not None and sys.stdin.isatty():
         parser.error("--raw continues a text: give it with --prompt")
+
+
+def _check_predictor_usage(arguments: argparse.Namespace) -> None:
+    if arguments.predictor is not None and arguments.prefetch == "off":
+        arguments.parser.error("--predictor says who guesses for --prefetch auto or N, which is missing")
 
 
 def _read_prompt(arguments: argparse.Namespace) -> str | None:

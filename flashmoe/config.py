@@ -28,6 +28,8 @@ _YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 SCOPES = ("global", "layer")
 READER_NAMES = ("auto", "direct", "buffered", "mmap")
+# What flashmoe/predictors.py builds; here, since naming them needs no torch.
+PREDICTOR_NAMES = ("next-router", "transitions", "maps", "learned")
 MAX_DEFAULT_CONTEXT = 8192
 LARGEST_NUMBER = 1e30
 
@@ -279,6 +281,7 @@ class RunConfig:
     scope: str = "global"  # of the policy's capacity: all layers share it, or "layer": each has its own
     prefetch: str = "off"  # "auto": if it is measured to pay; a number: at most so many guesses a layer
     learn: bool = False  # keep the routing of chats, and train the learned policy on it
+    predictor: str = PREDICTOR_NAMES[0]  # who guesses what prefetch reads
 
     def __post_init__(self) -> None:
         if not isinstance(self.ram_budget, str):
@@ -292,6 +295,8 @@ class RunConfig:
             if not (isinstance(self.prefetch, str) and self.prefetch.isascii() and self.prefetch.isdigit()):
                 raise ConfigError(f"--prefetch {self.prefetch!r} is not auto, off or a number of guesses")
             self._check_whole("prefetch", int(self.prefetch), 1, 64)
+        if self.predictor not in PREDICTOR_NAMES:
+            raise ConfigError(f"unknown predictor {self.predictor!r}; known are {', '.join(PREDICTOR_NAMES)}")
         self._check_whole("context", self.context, 16, 1 << 31)
         self._check_whole("threads", self.threads, 1, 1024)
         self._check_whole("seed", self.seed, 0, 2**63 - 1)

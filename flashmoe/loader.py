@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,12 +22,12 @@ from flashmoe.engine import Engine
 from flashmoe.errors import BudgetError, ConfigError
 from flashmoe.expert_cache import ExpertCache
 from flashmoe.policies import build_policy, policy_bytes
-from flashmoe.predictors import NextRouter
+from flashmoe.predictors import PREDICTORS
 from flashmoe.prefetch import AUTO_GUESSES, MAX_STAGING, Prefetcher
 from flashmoe.sizes import format_bytes, parse_size
 from flashmoe.tokenizer import Tokenizer
 from flashmoe.weights import CheckpointLayout, DenseWeights, ExpertId, load_dense
-from kernels.native import ISA_VARIABLE, Context, Format, make_context
+from kernels.native import ISA_VARIABLE, Format, make_context
 from storage import host
 from storage.checkpoint import open_checkpoint
 from storage.drive_probe import ProbeResult, probe
@@ -93,7 +93,13 @@ def plan_model(model: OpenedModel, run: RunConfig) -> BudgetPlan:
         available_bytes=available,
     )
     budget = parse_size(run.ram_budget, free_bytes=available)
-    return plan_budget(model.config, sizes, budget, run.context)
+    return share_slots(plan_budget(model.config, sizes, budget, run.context), model.config, run)
+
+
+def share_slots(plan: BudgetPlan, config: ModelConfig, run: RunConfig) -> BudgetPlan:
+    """The plan with as many slots for guesses as `run.prefetch` wants; none where all experts have theirs."""
+    staging = min(2 * _guesses(run), MAX_STAGING, plan.slots // 16, plan.slots - config.num_experts_per_tok)
+    return replace(plan, staging_slots=staging if plan.slots < plan.experts else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +144,7 @@ def load_engine(
         decoder = Decoder(
             model.config, weights, cache, plan.context, kernels, model.expert_format, run.exact_activations
         )
-        decoder.prefetcher = open_prefetcher(model.config, weights, kernels, run)
+        decoder.prefetcher = open_prefetcher(decoder, weights, plan, run)
         engine = Engine(decoder)
     return LoadedEngine(engine, weights, cache, probed, dense_load_s)
 
@@ -146,34 +152,34 @@ def load_engine(
 def open_cache(model: OpenedModel, plan: BudgetPlan, run: RunConfig, reader_name: str) -> ExpertCache:
     """Empty slots and a policy that has seen nothing; allocates `plan.slots` experts."""
     reader = _open_reader(reader_name, model, run.check_reads)
-    geometry = _geometry(model.config, plan.slots, run)
+    geometry = _geometry(model.config, share_slots(plan, model.config, run), run)
     policy = build_policy(run.policy, geometry, run.seed)
     spare = plan.slots - geometry.capacity * (geometry.layers if geometry.per_layer else 1)
     return ExpertCache(model.read_plans, reader, ReadQueue(reader), policy, geometry, spare)
 
 
-def _geometry(config: ModelConfig, slots: int, run: RunConfig) -> Geometry:
-    """The policy's share of the slots; with `run.prefetch` some are left for guesses."""
+def _geometry(config: ModelConfig, plan: BudgetPlan, run: RunConfig) -> Geometry:
+    """The policy's share of the slots."""
     layers, top_k = config.num_moe_layers, config.num_experts_per_tok
-    staging = min(2 * _guesses(run), MAX_STAGING, slots // 16, slots - top_k)
-    capacity, per_layer = slots - staging, run.scope == "layer"
+    capacity, per_layer = plan.slots - plan.staging_slots, run.scope == "layer"
     if per_layer:
         capacity //= layers
         if capacity < top_k:
             raise BudgetError(
-                f"{slots} slots for {layers} layers are fewer than the {top_k} experts that each needs;"
+                f"{plan.slots} slots for {layers} layers are fewer than the {top_k} experts that each needs;"
                 " try a larger --ram-budget or the global scope"
             )
     return Geometry(layers, config.num_experts, top_k, capacity, per_layer)
 
 
 def open_prefetcher(
-    config: ModelConfig, weights: DenseWeights, kernels: Context, run: RunConfig
+    decoder: Decoder, weights: DenseWeights, plan: BudgetPlan, run: RunConfig
 ) -> Prefetcher | None:
-    """What `run.prefetch` asks for, having measured nothing yet; None: nothing."""
-    if run.prefetch == "off":
+    """What `run.prefetch` asks for, having measured nothing yet; None: nothing, or no slot for a guess."""
+    if not share_slots(plan, decoder.config, run).staging_slots:
         return None
-    return Prefetcher(NextRouter(config, weights, kernels), _guesses(run), run.prefetch == "auto")
+    predictor = PREDICTORS[run.predictor](decoder, weights)
+    return Prefetcher(predictor, _guesses(run), run.prefetch == "auto")
 
 
 def _guesses(run: RunConfig) -> int:

@@ -11,9 +11,9 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from flashmoe.config import ModelConfig
-from flashmoe.decoder import native_router
+from flashmoe.decoder import Decoder, native_router
 from flashmoe.errors import ConfigError
-from flashmoe.prefetch import Guess
+from flashmoe.prefetch import Guess, Predictor
 from flashmoe.weights import DenseWeights
 from kernels.native import Context
 
@@ -90,7 +90,8 @@ class ExpertMaps:
     """Maps of earlier tokens: each one's router probabilities in all layers, and its request's prompt, as the
     mean of its embeddings (FineMoE, arXiv 2502.05370). The map is followed whose prompt and whose layers so
     far are most alike. The newest `MAPS` are kept. A map a request, the mean of its tokens, found a third as
-    many of the misses.
+    many of the misses. They go with the process: a mean of embeddings tells much of what was asked, so on
+    the drive they are only where somebody calls `save`.
     """
 
     def __init__(self, config: ModelConfig, embed: Callable[[Sequence[int]], Tensor]) -> None:
@@ -184,6 +185,15 @@ class LearnedPredictor:
         before = np.sqrt(self._scores[ahead])
         self._inputs = np.concatenate([np.log(self._scores[layer] + 1e-4), before, ONE])
         return surest(ahead, self._inputs @ self._weights[layer], self._top_k)
+
+
+# `--predictor`; the names are those of config.PREDICTOR_NAMES.
+PREDICTORS: dict[str, Callable[[Decoder, DenseWeights], Predictor]] = {
+    "next-router": lambda decoder, weights: NextRouter(decoder.config, weights, decoder.kernels),
+    "transitions": lambda decoder, weights: TransitionTable(decoder.config),
+    "maps": lambda decoder, weights: ExpertMaps(decoder.config, decoder.embed),
+    "learned": lambda decoder, weights: LearnedPredictor(decoder.config),
+}
 
 
 def surest(layer: int, chances: NDArray[np.float32], n: int) -> list[Guess]:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,8 @@ def test_a_plan_is_told_to_people_and_to_programs_alike() -> None:
     table = {part: (size, remark) for part, size, remark in plan.rows()}
     assert table["planned"] == (format_bytes(plan.planned_bytes), "of 1.0 GiB")
     assert f"{plan.slots} of 1440 experts" in table["expert slots"][1]
+    assert "guesses" not in table["expert slots"][1]
+    assert replace(plan, staging_slots=4).rows()[4][2] == table["expert slots"][1] + ", 4 of them for guesses"
     assert f"context of {plan.context} tokens" in table["KV cache"][1]
     values = json.loads(json.dumps(plan.as_dict()))
     assert set(values) == {*BudgetPlan.__slots__, "slots_bytes", "planned_bytes"}

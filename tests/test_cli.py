@@ -16,6 +16,7 @@ import flashmoe
 from cache_policies.registry import POLICY_NAMES
 from flashmoe import cli
 from flashmoe.arguments import build_parser
+from flashmoe.config import PREDICTOR_NAMES
 from flashmoe.errors import ConfigError
 from flashmoe.stats import GenerationStats
 from flashmoe.stats_file import StatsFile
@@ -85,11 +86,11 @@ def test_version(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == f"flashmoe {flashmoe.__version__}\n"
 
 
-def test_the_help_of_run_names_the_policies_of_the_registry(capsys: pytest.CaptureFixture[str]):
+def test_the_help_of_run_names_the_policies_and_predictors_there_are(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         cli.main(["run", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert ", ".join(POLICY_NAMES) in shown
+    assert ", ".join(POLICY_NAMES) in shown and ", ".join(PREDICTOR_NAMES) in shown
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,9 @@ def test_the_help_of_run_names_the_policies_of_the_registry(capsys: pytest.Captu
         (["run", "--temperature", "x"], "--temperature: invalid float value: 'x'"),
         (["run", "--policy", "best"], "--policy: invalid choice: 'best'"),
         (["run", "--reader", "tape"], "--reader: invalid choice: 'tape'"),
+        (["run", "--prefetch", "2", "--predictor", "dice"], "--predictor: invalid choice: 'dice'"),
+        (["run", "--predictor", "maps"], "--predictor says who guesses for --prefetch"),
+        (["bench", "--predictor", "maps"], "--predictor says who guesses for --prefetch"),
         (["run", "--per-token"], "--per-token adds to --stats-json FILE"),
         (["run", "--raw", "--prompt", "x", "--system", "y"], "no place for --system"),
         (["bench", "--repeat", "0"], "'0' is not a whole number from 1"),

@@ -15,13 +15,13 @@ from safetensors.numpy import save_file
 from test_expert_cache import EXPERT_BYTES, ScriptedDrive, fetch, make_cache, stream
 from torch import Tensor
 
-from flashmoe import prefetch
-from flashmoe.config import RunConfig
+from flashmoe import LLM, prefetch
+from flashmoe.config import PREDICTOR_NAMES, RunConfig
 from flashmoe.engine import Engine
 from flashmoe.errors import BudgetError, ConfigError
 from flashmoe.expert_cache import ExpertCache, _Read
 from flashmoe.loader import load_engine, open_model, plan_model
-from flashmoe.predictors import ExpertMaps, LearnedPredictor, NextRouter, TransitionTable
+from flashmoe.predictors import PREDICTORS, ExpertMaps, LearnedPredictor, NextRouter, TransitionTable
 from flashmoe.prefetch import Guess, Prefetcher, Trial
 from storage.expert_reader import ReadPlan
 from storage.read_queue import Completion, Request
@@ -337,6 +337,36 @@ def test_an_llm_with_guesses_says_the_same_and_reports_them(
             cache = load_engine(opened, plan, run).cache
             assert (cache._residency.slots, cache._residency.spare) == (15, 1)
             cache.close()
+
+
+def test_where_every_expert_has_a_slot_there_is_nothing_to_guess(tiny_model: Path) -> None:
+    opened, run = open_model(tiny_model), RunConfig("100%", prefetch="auto")
+    plan = plan_model(opened, run)
+    assert (plan.slots, plan.staging_slots) == (plan.experts, 0)
+    for slots, staging in ((plan.experts, 0), (plan.experts - 1, 1)):
+        loaded = load_engine(opened, replace(plan, slots=slots), run)
+        assert (loaded.cache._residency.slots, loaded.cache._residency.spare) == (slots - staging, staging)
+        assert (loaded.engine.decoder.prefetcher is None) == (staging == 0)
+        loaded.cache.close()
+
+
+def test_every_predictor_there_is_can_be_asked_for_by_name(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tuple(PREDICTORS) == PREDICTOR_NAMES
+    monkeypatch.setattr("flashmoe.api.plan_model", lambda *given: replace(plan_model(*given), slots=16))
+    kinds = []
+    with LLM(tiny_model, context=64, prefetch="2", predictor="maps") as llm:
+        for name in (None, *PREDICTOR_NAMES):
+            llm.use_policy("lfru", predictor=name)
+            assert llm.engine.decoder.prefetcher is not None
+            kinds.append(type(llm.engine.decoder.prefetcher.predictor))
+        assert llm.plan.staging_slots == 1
+        llm.use_policy("lfru", prefetch="off")
+        assert llm.plan.staging_slots == 0
+    assert kinds == [ExpertMaps, NextRouter, TransitionTable, ExpertMaps, LearnedPredictor]
+    with pytest.raises(ConfigError, match="unknown predictor 'dice'; known are next-router, transitions"):
+        RunConfig(predictor="dice")
 
 
 @pytest.mark.parametrize("bad", ["", "0", "-1", "65", "on", "2.5", 3])
