@@ -14,7 +14,7 @@ from flashmoe.policy_file import read_policy
 
 LIVE_NAMES = (*POLICY_NAMES, Learned.name)
 # "paper" is left out: its network needs weights that somebody trained on the very same layers.
-COMPARED_NAMES = (*(name for name in REPLAY_NAMES if name not in (*POLICY_NAMES, "paper")), *LIVE_NAMES)
+COMPARED_NAMES = (*LIVE_NAMES, *(name for name in REPLAY_NAMES if name not in (*POLICY_NAMES, "paper")))
 
 
 def check_policy(written: str, known: tuple[str, ...] = LIVE_NAMES) -> None:

@@ -92,9 +92,10 @@ def main() -> None:
             counts = replay(trace, policy, geometry)
             speeds[name].append(counts.events / (time.process_time() - begin))
     rows = []
-    print(f"{trace.name}: {len(trace)} tokens, {trace.layers} x {trace.num_experts} experts, top-{trace.top_k};"
-          f" {arguments.capacity} slots a layer, scope {arguments.scope}")  # fmt: skip
-    print(f"{'policy':12} {'events/s':>10} {'spread':>17} {'us/observation':>15} {'us/decision':>12} {'p99':>7}")
+    print(f"{trace.name}: {len(trace)} tokens, {trace.layers} x {trace.num_experts} experts,"
+          f" top-{trace.top_k}; {arguments.capacity} slots a layer, scope {arguments.scope}")  # fmt: skip
+    heads = ("events/s", "spread", "us/observation", "us/decision", "p99")
+    print("{:12} {:>10} {:>17} {:>15} {:>12} {:>7}".format("policy", *heads))
     for name in names:
         timed = Timed(build(name, trace, geometry))
         replay(trace, timed, geometry)
