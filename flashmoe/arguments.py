@@ -218,6 +218,12 @@ def _add_train_policy(commands: "Commands") -> None:
     add("--output", type=Path, required=True, metavar="FILE", help="policy to write: LightGBM's text format")
     add("--trees", type=_count, default=40, metavar="N", help="more take more time a decision (default: 40)")
     add("--rounds", type=_count, default=1, metavar="N", help="on the policy's own decisions (default: 1)")
+    add(
+        "--holdout",
+        type=_names,
+        metavar="DATASET,…",
+        help="keep these data sets out of it, for flashmoe compare --holdout to report on",
+    )
     add("--no-report", action="store_true", help="skip what takes longest: training on parts of each trace"
         " and replaying the data sets left out")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="of the samples (default: 0)")

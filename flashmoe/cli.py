@@ -255,14 +255,22 @@ def train(arguments: argparse.Namespace, screen: Screen) -> int:
     """Train a policy; report first what training on parts of the traces is worth on the other parts."""
     from flashmoe.progress_bar import progress_bar
     from flashmoe.trace import load_trace
-    from flashmoe.train_policy import COLUMNS, TrainOptions, evaluate, folds_of, train_policy, write_policy
+    from flashmoe.train_policy import (
+        COLUMNS,
+        TrainOptions,
+        evaluate,
+        folds_of,
+        train_policy,
+        without_datasets,
+        write_policy,
+    )
 
     if not arguments.output.absolute().parent.is_dir():
         raise ConfigError(f"no folder {arguments.output.parent} to write {arguments.output.name} to")
     options = TrainOptions(
         arguments.trees, rounds=arguments.rounds, seed=arguments.seed, jobs=arguments.jobs
     )
-    traces = [load_trace(path) for path in arguments.trace]
+    traces = without_datasets([load_trace(path) for path in arguments.trace], arguments.holdout or ())
     show = screen.say if arguments.json else lambda lines: screen.write(lines + "\n")
     rows = []
     with progress_bar(counting=True) as progress:

@@ -114,6 +114,17 @@ def folds_of(trace: RoutingTrace, count: int = 3) -> list[Fold]:
     return folds
 
 
+def without_datasets(traces: Sequence[RoutingTrace], names: Sequence[str]) -> list[RoutingTrace]:
+    """What is left of the traces without these data sets. PolicyError for a name that none of them has."""
+    known = {dataset for trace in traces for dataset in trace.datasets}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        listed = ", ".join(sorted(known))
+        raise PolicyError(f"no trace has the data set {', '.join(unknown)}; known are {listed}")
+    kept = [trace.of_datasets(known.difference(names)) for trace in traces]
+    return [trace for trace in kept if len(trace)]
+
+
 def train_policy(
     traces: Sequence[RoutingTrace], options: TrainOptions | None = None, progress: Progress | None = None
 ) -> str:

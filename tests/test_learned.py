@@ -22,7 +22,14 @@ from flashmoe.errors import ConfigError, PolicyError
 from flashmoe.policies import build_policy, check_policy
 from flashmoe.policy_file import parse_policy, read_policy, shipped_policy
 from flashmoe.trace import load_trace
-from flashmoe.train_policy import Fold, TrainOptions, evaluate, folds_of, train_policy
+from flashmoe.train_policy import (
+    Fold,
+    TrainOptions,
+    evaluate,
+    folds_of,
+    train_policy,
+    without_datasets,
+)
 
 SLICE = Path(__file__).parent / "data" / "gpt-oss-20b-slice.npz"
 AGE = FEATURE_NAMES.index("age")
@@ -443,6 +450,14 @@ def test_folds_hold_whole_data_sets_out() -> None:
     one = join_traces([random_trace(i, 10) for i in range(10)], "x")
     assert [(len(f.train), len(f.test)) for f in folds_of(one)] == [(80, 20)]
     assert folds_of(random_trace(0)) == []
+
+
+def test_data_sets_can_be_kept_out_of_the_training() -> None:
+    first, second = random_trace(1, 10), replace(random_trace(2, 20), datasets=("b",))
+    assert [len(trace) for trace in without_datasets([first, second], ["b"])] == [10]
+    assert [len(trace) for trace in without_datasets([first, second], [])] == [10, 20]
+    with pytest.raises(PolicyError, match="no trace has the data set c; known are a, b"):
+        without_datasets([first, second], ["a", "c"])
 
 
 def test_joined_traces_come_apart_again() -> None:
