@@ -93,6 +93,17 @@ class Learned(CachePolicy):
             c.learned_misses, c.simple_misses, c.stepped_back, c.step_backs, c.tokens_stepped_back
         )
 
+    @property
+    def summary(self) -> str:
+        s = self.stats
+        if not s.simple_misses:
+            return self.name
+        more = s.learned_misses / s.simple_misses - 1
+        text = f"learned, {more:+.1%} misses against lfu-aged in its shadow"
+        if s.step_backs:
+            text += f"; stepped back to lfu-aged for {s.tokens_stepped_back} tokens"
+        return text + (", and is still" if s.stepped_back else "")
+
     @staticmethod
     def memory_bytes(geometry: Geometry) -> int:
         """What the policy will hold for this model, trees not included."""

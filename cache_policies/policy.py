@@ -68,6 +68,11 @@ class CachePolicy(ABC):
         `token`: the id of the token that is routed, -1 where it is not known.
         """
 
+    @property
+    def summary(self) -> str:
+        """What a run's statistics say of it."""
+        return self.name
+
     def inserted(self, expert: ExpertId) -> None:  # noqa: B027 - not every policy needs to know
         """Learn that `expert` has become resident, by a demand read or a prefetch read."""
 

@@ -345,6 +345,7 @@ class _Recorder:
         s, total = self._stats, self._llm.expert_cache.counters - self._start
         s.hits, s.misses, s.expert_bytes_read = total.hits, total.misses, total.bytes_read
         s.stall_s, s.read_s = total.stall_s, total.read_s
+        s.policy_summary = self._llm.expert_cache.policy.summary
         s.prefetch_issued, s.prefetch_hits, s.prefetch_late = (
             total.prefetch_issued, total.prefetch_hits, total.prefetch_late,
         )  # fmt: skip

@@ -52,6 +52,7 @@ class GenerationStats:
     rss_bytes: int = 0
     ram_budget_bytes: int = 0
     policy: str = ""
+    policy_summary: str = ""
     reader: str = ""
     # Guesses; one that was right is among the misses all the same.
     prefetch: str = "off"  # what was done, for people
@@ -141,7 +142,7 @@ class GenerationStats:
             ("stall", f"{self.stall_s:.2f} s waiting for reads, {self.decode_stall_s:.2f} s of it in decode"),
             ("memory", f"RSS {format_bytes(self.rss_bytes)}, peak {format_bytes(self.peak_rss_bytes)}"
                        f" of {format_bytes(self.ram_budget_bytes)}"),
-            ("policy", self.policy),
+            ("policy", self.policy_summary or self.policy),
             ("prefetch", self._prefetch_text()),
         ]  # fmt: skip
 

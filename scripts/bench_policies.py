@@ -94,8 +94,8 @@ def main() -> None:
     rows = []
     print(f"{trace.name}: {len(trace)} tokens, {trace.layers} x {trace.num_experts} experts,"
           f" top-{trace.top_k}; {arguments.capacity} slots a layer, scope {arguments.scope}")  # fmt: skip
-    heads = ("events/s", "spread", "us/observation", "us/decision", "p99")
-    print("{:12} {:>10} {:>17} {:>15} {:>12} {:>7}".format("policy", *heads))
+    heads = ("events/s", "spread", "us/observation", "us/decision", "p99", "ms/token")
+    print("{:12} {:>10} {:>17} {:>15} {:>12} {:>7} {:>9}".format("policy", *heads))
     for name in names:
         timed = Timed(build(name, trace, geometry))
         replay(trace, timed, geometry)
@@ -107,11 +107,12 @@ def main() -> None:
             "us_per_observation": statistics.median(timed.step_ns) / 1e3,
             "us_per_decision": statistics.median(timed.victims_ns) / 1e3,
             "us_per_decision_p99": sorted(timed.victims_ns)[int(0.99 * len(timed.victims_ns))] / 1e3,
+            "ms_per_token": (sum(timed.step_ns) + sum(timed.victims_ns)) / 1e6 / len(trace),
         }
         rows.append(row)
         print(f"{name:12} {row['events_per_s']:10.0f} {ordered[0]:8.0f}-{ordered[-1]:8.0f}"
               f" {row['us_per_observation']:15.1f} {row['us_per_decision']:12.1f}"
-              f" {row['us_per_decision_p99']:7.1f}")  # fmt: skip
+              f" {row['us_per_decision_p99']:7.1f} {row['ms_per_token']:9.2f}")  # fmt: skip
     facts = {"trace": trace.name, "capacity": arguments.capacity, "scope": arguments.scope, "rows": rows}
     print(json.dumps(facts))
 

@@ -271,6 +271,7 @@ def test_a_model_that_loses_steps_back_and_says_so() -> None:
     assert stats.stepped_back and stats.step_backs == 1
     assert stats.tokens_stepped_back == 500 - 64
     assert stats.learned_misses > 1.2 * stats.simple_misses
+    assert policy.summary.endswith("; stepped back to lfu-aged for 436 tokens, and is still")
     assert misses < stats.simple_misses + 0.25 * (stats.learned_misses - stats.simple_misses)
 
 
