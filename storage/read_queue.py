@@ -176,6 +176,7 @@ class ReadQueue:
             self._forget_waiting(request)
             if request.in_flight == 0:
                 self._pending.discard(request)
+                request.slot = None
                 return True
             request.error = ReadError("the read was given up: it was cancelled")
             return False
@@ -286,6 +287,7 @@ class ReadQueue:
             self._pending.discard(request)
             if not request.is_prefetch:
                 self._demand_busy.leave()
+            request.slot = None  # tag and request may know each other: memory must not wait for a collector
         request.done.put(Completion(request.tag, views, error, request.read_bytes, seconds))
 
 
