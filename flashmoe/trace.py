@@ -129,7 +129,8 @@ class _Checks:
         if array.dtype.kind not in "iu" or array.ndim != 1 or len(array) < 2:
             raise self._wrong(name, "at least two integers in one row")
         offsets = array.astype(np.int64)
-        if offsets[0] != 0 or offsets[-1] != self._rows or (np.diff(offsets) < 0).any():
+        # Compared, not subtracted: differences of 64-bit numbers may come round to positive ones.
+        if offsets[0] != 0 or offsets[-1] != self._rows or (offsets[1:] < offsets[:-1]).any():
             raise TraceError(
                 f"{self._path}: {name} should rise from 0 to the {self._rows} rows of experts;"
                 f" they begin with {offsets[:4].tolist()} and end with {int(offsets[-1])}"

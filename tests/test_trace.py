@@ -390,6 +390,8 @@ def with_ids(row: int, layer: int, ids: list[int]) -> Any:
         ({"seq_offsets": np.array([1, 3, 4])}, "seq_offsets should rise"),
         ({"seq_offsets": np.array([4])}, "at least two integers"),
         ({"seq_offsets": np.array([0, 2**64 - 1, 4], np.uint64)}, "seq_offsets should rise"),
+        # Each difference is positive, for it comes round.
+        ({"seq_offsets": np.array([0, 2**63 - 1, 1 - 2**63, -1, 4])}, "seq_offsets should rise"),
         ({"forward_offsets": np.array([0, 2, 4])}, "a sequence begins at row 3"),
         ({"forward_offsets": np.array([0, 9])}, "forward_offsets should rise from 0 to the 4 rows"),
         ({"weights": np.full((4, 2, 3), 0.5)}, "weights should be floats of shape [4, 2, 2]"),
