@@ -271,7 +271,10 @@ class ExpertCache:
             self._residents[key] = staged
             self._residency.arrived(key)
             self.counters.prefetch_hits += 1
-        elif (read := self._guesses.pop(key, None)) is not None and read.guess is not None:
+        elif (read := self._guesses.pop(key, None)) is not None:
+            if read.guess is None:  # a Ctrl-C came before its request was noted: its slot may be written to
+                self._cancelled.add(read)
+                return False
             self._in_flight[key] = read
             self._reads.promote(read.guess)
             self.counters.prefetch_late += 1

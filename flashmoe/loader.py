@@ -22,7 +22,7 @@ from flashmoe.engine import Engine
 from flashmoe.errors import BudgetError, ConfigError
 from flashmoe.expert_cache import ExpertCache
 from flashmoe.policies import build_policy, policy_bytes
-from flashmoe.predictors import PREDICTORS
+from flashmoe.predictors import PREDICTORS, predictor_bytes
 from flashmoe.prefetch import AUTO_GUESSES, MAX_STAGING, Prefetcher
 from flashmoe.sizes import format_bytes, parse_size
 from flashmoe.tokenizer import Tokenizer
@@ -84,8 +84,9 @@ def plan_model(model: OpenedModel, run: RunConfig) -> BudgetPlan:
     c = model.config
     whole = Geometry(c.num_moe_layers, c.num_experts, c.num_experts_per_tok, len(model.read_plans))
     available = host.memory_limit().available_bytes + process
+    predictor = 0 if run.prefetch == "off" else predictor_bytes(run.predictor, c)
     sizes = Sizes(
-        process_bytes=process + policy_bytes(run.policy, whole),
+        process_bytes=process + policy_bytes(run.policy, whole) + predictor,
         dense_bytes=model.layout.dense_bytes,
         slot_bytes=model.slot_bytes,
         expert_bytes=max(plan.expert_bytes for plan in model.read_plans.values()),

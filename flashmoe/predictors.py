@@ -196,6 +196,17 @@ PREDICTORS: dict[str, Callable[[Decoder, DenseWeights], Predictor]] = {
 }
 
 
+def predictor_bytes(name: str, config: ModelConfig) -> int:
+    """The memory that a predictor takes; what is small is not counted."""
+    layers, experts, inputs = config.num_hidden_layers, config.num_experts, 2 * config.num_experts + 1
+    floats = {
+        "transitions": layers * experts * experts,
+        "maps": MAPS * (layers * experts + config.hidden_size),
+        "learned": layers * inputs * (inputs + 3 * experts),  # a third one while it is solved
+    }
+    return 4 * floats.get(name, 0)
+
+
 def surest(layer: int, chances: NDArray[np.float32], n: int) -> list[Guess]:
     """The `n` likeliest experts of a layer."""
     best = np.argsort(-chances, kind="stable")[:n].tolist()

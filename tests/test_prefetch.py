@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from engines import build_engine, greedy
 from hypothesis import given, settings
@@ -128,6 +129,18 @@ def test_a_guess_that_cannot_be_read_is_nobodys_error_and_is_read_again_when_ask
     with pytest.raises(ReadError):  # asked for, it is an error like any other
         fetch(cache, 0, [4])
     assert sorted(fetch(cache, 0, [1, 2, 3, 5])) == [1, 2, 3, 5]
+
+
+def test_a_guess_whose_request_was_never_noted_is_read_again_and_gives_its_slot_back() -> None:
+    """Ctrl-C between taking a slot and noting the request: asked for, the slot was lost."""
+    cache, drive = make_patient()
+    cache.prefetch([(0, 1)], 2)
+    cache._guesses[0, 1].guess = None
+    assert sorted(fetch(cache, 0, [1, 2])) == [1, 2]
+    drive.arrive()
+    stream(cache, 1, [0, 1])
+    cache.evict_all()
+    assert len(cache._free) == cache.slots
 
 
 @settings(max_examples=150, deadline=None)
@@ -348,6 +361,23 @@ def test_where_every_expert_has_a_slot_there_is_nothing_to_guess(tiny_model: Pat
         assert (loaded.cache._residency.slots, loaded.cache._residency.spare) == (slots - staging, staging)
         assert (loaded.engine.decoder.prefetcher is None) == (staging == 0)
         loaded.cache.close()
+
+
+def test_what_a_predictor_holds_is_in_the_plan(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashmoe.loader.host.rss_bytes", lambda: 1 << 20)
+    opened = open_model(tiny_model)
+    off = plan_model(opened, RunConfig()).process_bytes
+    config = opened.config
+    built: dict[str, object] = {
+        "transitions": TransitionTable(config), "learned": LearnedPredictor(config),
+        "maps": ExpertMaps(config, lambda ids: Tensor()),
+    }  # fmt: skip
+    for name in PREDICTOR_NAMES:
+        counted = plan_model(opened, RunConfig(prefetch="auto", predictor=name)).process_bytes - off
+        arrays = vars(built[name]).values() if name in built else ()
+        held = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+        assert 0.8 * held <= counted <= 1.4 * held, name
+    assert plan_model(opened, RunConfig(predictor="maps")).process_bytes == off
 
 
 def test_every_predictor_there_is_can_be_asked_for_by_name(
