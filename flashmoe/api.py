@@ -94,17 +94,22 @@ class LLM:
         self.config, self.tokenizer = self._opened.config, self._opened.tokenizer
         self.generation_config = _read_generation_config(self._opened.folder)
         self.learning = Learning.begin(self.config, self._opened.folder) if learn else None
-        if self.learning is not None:
-            self.run_config = replace(self.run_config, policy=self.learning.policy(policy))
-        self.plan = plan_model(self._opened, self.run_config)
-        if on_plan is not None:
-            on_plan(self.plan)
-        loaded = load_engine(self._opened, self.plan, self.run_config, progress)
+        try:
+            if self.learning is not None:
+                self.run_config = replace(self.run_config, policy=self.learning.policy(policy))
+            self.plan = plan_model(self._opened, self.run_config)
+            if on_plan is not None:
+                on_plan(self.plan)
+            loaded = load_engine(self._opened, self.plan, self.run_config, progress)
+        except BaseException:
+            if self.learning is not None:
+                self.learning.recorder.close()
+            raise
         self._weights = loaded.weights
         self.engine, self.expert_cache, self.probed = loaded.engine, loaded.cache, loaded.probed
         self.dense_load_s = loaded.dense_load_s
         if self.learning is not None:
-            self.engine.decoder.observer = self.learning.recorder
+            self.engine.decoder.observer = self.learning
         self._closed = False
         self._generations = 0  # begun so far
 

@@ -1,8 +1,9 @@
 """`--learn`: a policy of the user's own, trained in the background on the routing of their own chats.
 
 A run records its routing; when it ends, the trace goes into a folder of this model's and, once enough is new,
-a process of low priority trains there. The next run begins with what it found. Nothing leaves the machine, no
-text is stored: a trace holds expert ids, router scores and token ids. Folders may be deleted at any time.
+a process of low priority trains there. The next run begins with what it found. Nothing leaves the machine;
+but a trace holds token ids beside expert ids and scores, and they can be turned back into what was said: the
+folder is its owner's alone. Folders may be deleted at any time.
 
     python -m flashmoe.learning FOLDER    trains there now
 """
@@ -13,19 +14,24 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cache_policies.routing_trace import RoutingTrace, join_traces
 from flashmoe.errors import PolicyError, TraceError
+from storage.safetensors_writer import new_file
 from storage.storage_errors import StorageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from flashmoe.config import ModelConfig
     from flashmoe.trace import TraceRecorder
 
-# Of the newest tokens so many are kept; of new ones so many are worth a training.
+# Of the newest tokens so many are kept, and of one run no more are recorded; of new ones so many are worth a
+# training.
 MOST_TOKENS, NEW_TOKENS = 40_000, 2_000
 LEAST_RECORDED = 32  # tokens of a run that are worth a file
 POLICY_NAME, REPORT_NAME, LOCK_NAME, TRACES_NAME = "policy.txt", "report.json", "training", "traces"
@@ -33,11 +39,16 @@ STALE_LOCK_S = 4 * 3600.0
 
 
 class Learning:
-    """One run's part in it: records, and when the run is over stores the trace and starts a training."""
+    """One run's part in it: records, and when the run is over stores the trace and starts a training.
+
+    A `RoutingObserver` that never ends an answer: a full disk ends the recording.
+    """
 
     def __init__(self, recorder: "TraceRecorder", folder: Path) -> None:
         self.recorder, self.folder = recorder, folder
         self.outcome = ""  # for people, once it has ended
+        self._records = False  # the pass that goes on
+        self._failure = ""
 
     @classmethod
     def begin(cls, config: "ModelConfig", model: Path) -> "Learning":
@@ -45,10 +56,9 @@ class Learning:
         from flashmoe.trace import TraceRecorder
 
         folder = learning_folder(config, model)
-        try:
+        with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"--learn cannot write to {folder}: {error.strerror}") from error
+            folder.chmod(0o700)
         meta = {"model_type": config.model_type, "recorded_by": "flashmoe run --learn"}
         shape = config.num_moe_layers, config.num_experts, config.num_experts_per_tok
         return cls(TraceRecorder(*shape, meta, folder), folder)
@@ -58,14 +68,32 @@ class Learning:
         own = own_policy(self.folder)
         return asked_for if own is None or asked_for != "learned" else f"learned:{own}"
 
+    def forward_begins(self, token_ids: Sequence[int]) -> None:
+        self._records = not self._failure and len(self.recorder) + len(token_ids) <= MOST_TOKENS
+        if self._records:
+            self.recorder.forward_begins(token_ids)
+
+    def routed(self, layer: int, ids: "Tensor", weights: "Tensor", probabilities: "Tensor") -> None:
+        if self._records:
+            self.recorder.routed(layer, ids, weights, probabilities)
+
+    def forward_ends(self) -> None:
+        if self._records:
+            try:
+                self.recorder.forward_ends()
+            except StorageError as error:
+                self._failure = f"; {error}"
+
     def end(self) -> None:
         """Safe to call once. StorageError when the trace cannot be stored."""
-        with self.recorder:
+        with self.recorder, _writing(self.folder):
             new = keep(self.recorder, self.folder)
-        if new >= NEW_TOKENS and train_in_background(self.folder):
+            trains = new >= NEW_TOKENS and train_in_background(self.folder)
+        if trains:
             self.outcome = f"learn: {new} new tokens, training a policy of your own in the background"
         else:
             self.outcome = f"learn: {new} of {NEW_TOKENS} new tokens for the next training"
+        self.outcome += self._failure
 
 
 def learning_folder(config: "ModelConfig", model: Path) -> Path:
@@ -78,9 +106,16 @@ def learning_folder(config: "ModelConfig", model: Path) -> Path:
 
 
 def own_policy(folder: Path) -> Path | None:
-    """The policy trained there, if there is one yet."""
+    """The policy trained there, if there is one that this version can use: an older one's features may
+    differ."""
+    from flashmoe.policy_file import read_policy
+
     path = folder / POLICY_NAME
-    return path if path.is_file() else None
+    try:
+        read_policy(path)
+    except PolicyError:
+        return None
+    return path
 
 
 def keep(recorder: "TraceRecorder", folder: Path) -> int:
@@ -96,11 +131,15 @@ def keep(recorder: "TraceRecorder", folder: Path) -> int:
     trained_s = (folder / REPORT_NAME).stat().st_mtime if (folder / REPORT_NAME).is_file() else 0.0
     for path in sorted(traces.glob("*.npz"), reverse=True):
         tokens = _tokens(path)
+        try:
+            is_new = path.stat().st_mtime > trained_s
+        except FileNotFoundError:  # a run that ends at the same time has dropped it
+            continue
         if kept and kept + tokens > MOST_TOKENS:
-            path.unlink()
+            path.unlink(missing_ok=True)
             continue
         kept += tokens
-        new += tokens if path.stat().st_mtime > trained_s else 0
+        new += tokens if is_new else 0
     return new
 
 
@@ -116,8 +155,9 @@ def train_in_background(folder: Path) -> bool:
         os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
+    # -P: modules of the folder that the user happens to be in are none of ours.
     subprocess.Popen(
-        [sys.executable, "-m", "flashmoe.learning", str(folder)],
+        [sys.executable, "-P", "-m", "flashmoe.learning", str(folder)],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
@@ -136,7 +176,7 @@ def improve(folder: Path, jobs: int = 1) -> dict[str, object]:
         try:
             parts.append(load_trace(path))
         except TraceError:
-            path.unlink()  # half written, or somebody else's: it would fail every time
+            path.unlink(missing_ok=True)  # half written, or somebody else's: it would fail every time
     if not parts:
         raise PolicyError(f"{folder} has no traces; chat with --learn first")
     trace = join_traces(parts, "own chats")
@@ -157,6 +197,14 @@ def improve(folder: Path, jobs: int = 1) -> dict[str, object]:
     return report
 
 
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"--learn cannot write to {folder}: {error.strerror}") from error
+
+
 def _tokens(path: Path) -> int:
     count = path.stem.rpartition("-")[2]
     return int(count) if count.isdigit() else 0
@@ -167,18 +215,18 @@ def _mean(values: list[float]) -> float:
 
 
 def _write(path: Path, text: str) -> None:
-    whole = path.with_suffix(".part")
-    whole.write_text(text, "ascii")
-    os.replace(whole, path)
+    content = text.encode("ascii")
+    with new_file(path, len(content)) as file:
+        file.write(content)
 
 
 def main(folder: Path, train: Callable[[Path], object] = improve) -> None:
     """One training at the lowest priority; the lock goes whatever happens."""
     import psutil
 
-    lowest = getattr(psutil, "IDLE_PRIORITY_CLASS", 19)  # Windows has classes, others a number
-    psutil.Process().nice(lowest)
     try:
+        # Windows has classes, others a number.
+        psutil.Process().nice(getattr(psutil, "IDLE_PRIORITY_CLASS", 19))
         train(folder)
     finally:
         (folder / LOCK_NAME).unlink(missing_ok=True)

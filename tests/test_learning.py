@@ -12,10 +12,11 @@ import torch
 
 from cache_policies.routing_trace import RoutingTrace
 from flashmoe import LLM, learning, train_policy
-from flashmoe.errors import PolicyError
+from flashmoe.errors import BudgetError, PolicyError
 from flashmoe.npz import write_npz
 from flashmoe.policy_file import shipped_policy
 from flashmoe.trace import TraceRecorder, load_trace
+from storage.storage_errors import StorageError
 
 SLICE = Path(__file__).parent / "data" / "gpt-oss-20b-slice.npz"
 
@@ -36,7 +37,7 @@ def store(trace: RoutingTrace, folder: Path, name: str) -> None:
     write_npz(folder / f"{name}-{len(trace)}.npz", arrays)
 
 
-def test_a_chat_leaves_its_routing_and_nothing_of_its_text(tiny_model: Path, data_home: Path) -> None:
+def test_a_chat_leaves_its_routing_where_only_its_owner_reads_it(tiny_model: Path, data_home: Path) -> None:
     with LLM(tiny_model, ram_budget="8G", context=256, policy="learned", learn=True) as llm:
         stats = llm.generate("hello there", max_tokens=40, temperature=0).stats
         assert llm.expert_cache.policy.name == "learned"
@@ -47,13 +48,68 @@ def test_a_chat_leaves_its_routing_and_nothing_of_its_text(tiny_model: Path, dat
     assert len(trace) == stats.prompt_tokens + stats.decode_tokens - 1, "the last one never ran"
     assert trace.scores is not None and trace.layers == llm.config.num_moe_layers
     assert llm.learning.outcome == f"learn: {len(trace)} of 2000 new tokens for the next training"
-    assert not any(b"hello" in path.read_bytes() for path in data_home.rglob("*") if path.is_file())
+    assert llm.learning.folder in kept[0].parents
+    assert llm.learning.folder.stat().st_mode & 0o777 == 0o700, "token ids can be turned back into text"
 
 
 def test_a_chat_of_a_few_tokens_is_not_kept(tiny_model: Path, data_home: Path) -> None:
     with LLM(tiny_model, ram_budget="8G", context=64, learn=True) as llm:
         llm.generate("a", max_tokens=2, temperature=0)
     assert list(data_home.rglob("*.npz")) == []
+
+
+def test_a_run_records_no_more_than_is_kept(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "MOST_TOKENS", 50)
+    with LLM(tiny_model, ram_budget="8G", context=256, learn=True) as llm:
+        assert llm.learning is not None
+        assert len(llm.generate("hello there", max_tokens=80, temperature=0).token_ids) == 80
+        assert len(llm.learning.recorder) == 50
+
+
+def test_a_full_disk_ends_the_recording_and_not_the_answer(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(tiny_model, ram_budget="8G", context=256, learn=True) as llm:
+        assert llm.learning is not None
+
+        def full() -> None:
+            raise StorageError("cannot record any more: No space left on device")
+
+        monkeypatch.setattr(llm.learning.recorder, "forward_ends", full)
+        assert len(llm.generate("hello there", max_tokens=5, temperature=0).token_ids) == 5
+    assert llm.learning.outcome.endswith("training; cannot record any more: No space left on device")
+
+
+def test_a_model_that_does_not_load_leaves_no_recorder_open(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[TraceRecorder] = []
+    close = TraceRecorder.close
+
+    def note(recorder: TraceRecorder) -> None:
+        closed.append(recorder)
+        close(recorder)
+
+    monkeypatch.setattr(TraceRecorder, "close", note)
+    with pytest.raises(BudgetError):
+        LLM(tiny_model, ram_budget="1M", learn=True)
+    assert len(closed) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tiny_model: Path) -> None:
+    with pytest.raises(StorageError, match="--learn cannot write to .*: Not a directory|File exists"):  # noqa: SIM117
+        with LLM(tiny_model, ram_budget="8G", context=256, learn=True) as llm:
+            assert llm.learning is not None
+            llm.generate("hello there", max_tokens=40, temperature=0)
+            (llm.learning.folder / "traces").write_text("")
+
+
+def test_a_policy_that_this_version_cannot_use_gives_way_to_the_shipped_one(tmp_path: Path) -> None:
+    """Other features after an update would have ended every run with --learn, until the file was deleted."""
+    (tmp_path / "policy.txt").write_text(shipped_policy().replace("match_16", "match_15"))
+    assert learning.own_policy(tmp_path) is None
+    (tmp_path / "policy.txt").write_text(shipped_policy())
+    assert learning.own_policy(tmp_path) == tmp_path / "policy.txt"
 
 
 def test_the_users_own_policy_takes_the_place_of_the_shipped_one(tiny_model: Path, data_home: Path) -> None:
@@ -86,6 +142,20 @@ def test_the_newest_traces_are_kept_and_new_tokens_counted(
     (tmp_path / "report.json").write_text("{}")
     os.utime(tmp_path / "report.json", (2**33, 2**33))
     assert keep_run_of(5, tmp_path) == 0, "all has been trained on, and five are too few to keep"
+
+
+def test_a_trace_that_another_run_drops_at_the_same_time_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_run_of(40, tmp_path)
+    tokens = learning._tokens
+
+    def drop(path: Path) -> int:
+        path.unlink()
+        return tokens(path)
+
+    monkeypatch.setattr(learning, "_tokens", drop)
+    assert keep_run_of(5, tmp_path) == 0
 
 
 def test_one_training_at_a_time_and_a_forgotten_lock_goes(
