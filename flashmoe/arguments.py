@@ -226,7 +226,7 @@ def _add_train_policy(commands: "Commands") -> None:
     )
     add("--no-report", action="store_true", help="skip what takes longest: training on parts of each trace"
         " and replaying the data sets left out")  # fmt: skip
-    add("--seed", type=int, default=0, metavar="N", help="of the samples (default: 0)")
+    add("--seed", type=_whole, default=0, metavar="N", help="of the samples (default: 0)")
     add("--jobs", type=_count, metavar="N", help="processes (default: one a core)")
     add("--json", action="store_true", help="the report as one JSON object on stdout, the table on stderr")
     add("--quiet", action="store_true", help="nothing on stderr but errors")

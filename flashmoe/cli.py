@@ -32,7 +32,8 @@ EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 128 + 2, 128 + 13  # as a shell reports SIG
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "max_tokens")
 # Options of `compare` that say nothing without --trace, or without --prompts.
 ON_TRACES = ("capacity", "scope", "holdout", "plot", "jobs")
-LIVE = ("model", "context", "generate", "max_tokens", "repeat", "prefetch")
+LIVE = ("model", "context", "generate", "max_tokens", "repeat", "prefetch", "ram_budget", "reader", "threads",
+        "exact_activations", "check_reads")  # fmt: skip
 FULL = "--context N holds more"
 
 
@@ -211,8 +212,7 @@ def trace(arguments: argparse.Namespace, screen: Screen) -> int:
     from flashmoe.record import RecordOptions, record, recorder_for
 
     documents = read_documents(arguments.text)
-    if not arguments.output.absolute().parent.is_dir():
-        raise ConfigError(f"no folder {arguments.output.parent} to write {arguments.output.name} to")
+    _check_folder_of(arguments.output)
     options = RecordOptions(
         arguments.max_tokens, arguments.tokens_per_sequence, arguments.generate, arguments.prefill
     )
@@ -265,8 +265,7 @@ def train(arguments: argparse.Namespace, screen: Screen) -> int:
         write_policy,
     )
 
-    if not arguments.output.absolute().parent.is_dir():
-        raise ConfigError(f"no folder {arguments.output.parent} to write {arguments.output.name} to")
+    _check_folder_of(arguments.output)
     options = TrainOptions(
         arguments.trees, rounds=arguments.rounds, seed=arguments.seed, jobs=arguments.jobs
     )
@@ -308,6 +307,8 @@ def _replay(arguments: argparse.Namespace, screen: Screen, show: Callable[[str],
     from flashmoe.compare import COLUMNS, DEFAULT_NAMES, SCOPES, Capacity, compare
     from flashmoe.progress_bar import progress_bar
 
+    if arguments.plot is not None:
+        _check_folder_of(arguments.plot)
     policies = arguments.policies or list(DEFAULT_NAMES)
     capacities = arguments.capacity or [Capacity(share, True) for share in (0.1, 0.2, 0.4, 0.6)]
     scopes = SCOPES if arguments.scope == "both" else (arguments.scope or "layer",)
@@ -443,6 +444,12 @@ def _open(arguments: argparse.Namespace) -> "OpenedModel":
         return open_model(find_model(arguments.model, progress))
 
 
+def _check_folder_of(file: Path) -> None:
+    """A folder that is not there should be an error before the work that fills the file."""
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"no folder {file.parent} to write {file.name} to")
+
+
 def _model_name(model: str | None) -> str:
     """What the user called it, without the way to it."""
     if model is None:
@@ -529,7 +536,7 @@ def _check_compare_usage(arguments: argparse.Namespace) -> None:
     known = LIVE_NAMES if arguments.trace is None else COMPARED_NAMES
     misplaced = ON_TRACES if arguments.trace is None else LIVE
     for name in misplaced:
-        if getattr(arguments, name) is not None:
+        if getattr(arguments, name) != parser.get_default(name):
             goes_with = "--trace" if misplaced is ON_TRACES else "--prompts"
             parser.error(f"--{name.replace('_', '-')} belongs to {goes_with} FILE")
     for written in arguments.policies or ():

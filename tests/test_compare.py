@@ -266,6 +266,9 @@ def test_all_policies_are_compared_by_default(trace_file: Path, capsys: pytest.C
         (["--trace", "a.npz", "--prompts", "b.txt"], "give either --trace"),
         (["--trace", "a.npz", "--model", "m"], "--model belongs to --prompts FILE"),
         (["--trace", "a.npz", "--max-tokens", "3"], "--max-tokens belongs to --prompts FILE"),
+        (["--trace", "a.npz", "--ram-budget", "4G"], "--ram-budget belongs to --prompts FILE"),
+        (["--trace", "a.npz", "--reader", "mmap"], "--reader belongs to --prompts FILE"),
+        (["--trace", "a.npz", "--check-reads"], "--check-reads belongs to --prompts FILE"),
         (["--prompts", "a.txt", "--capacity", "8"], "--capacity belongs to --trace FILE"),
         (["--trace", "a.npz", "--prefetch", "off"], "--prefetch belongs to --prompts FILE"),
         (["--prompts", "a.txt", "--plot", "a.png"], "--plot belongs to --trace FILE"),
@@ -297,6 +300,9 @@ def test_what_the_user_can_mend_is_one_line(tmp_path: Path, capsys: pytest.Captu
         assert err.startswith("flashmoe: error: ")
         assert said in err
         assert err.count("\n") == 1
+    plot = tmp_path / "none" / "a.png"
+    assert cli.main(["compare", "--trace", str(tmp_path / "none.npz"), "--plot", str(plot)]) == 1
+    assert f"no folder {plot.parent} to write a.png to" in capsys.readouterr().err, "before any trace is read"
 
 
 # Live
