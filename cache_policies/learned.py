@@ -47,7 +47,7 @@ class Learned(CachePolicy):
         g = geometry
         self.core = _learned.Policy(g.layers, g.experts, g.top_k, g.capacity, g.per_layer, trees)
         self._per_layer = g.per_layer
-        self._top_k = g.top_k
+        self._experts, self._top_k = g.experts, g.top_k
 
     def step(
         self,
@@ -60,6 +60,8 @@ class Learned(CachePolicy):
         address = 0
         if scores is not None:
             row = np.ascontiguousarray(scores, dtype=np.float32)
+            if row.shape != (self._experts,):
+                raise ValueError(f"scores of shape {row.shape}, but a layer has {self._experts} experts")
             address = row.ctypes.data
         self.core.step(layer, routed, weights, address, token)
 

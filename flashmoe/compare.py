@@ -4,12 +4,8 @@ Replays are independent of each other and of the machine: they run in processes 
 rows for any number of them.
 """
 
-import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,8 +16,9 @@ from cache_policies.lru import LRU
 from cache_policies.policy import Geometry
 from cache_policies.replay import replay
 from cache_policies.routing_trace import RoutingTrace
-from flashmoe.errors import FlashMoEError, TraceError
+from flashmoe.errors import TraceError
 from flashmoe.policies import LIVE_NAMES, build_policy
+from flashmoe.processes import run_side_by_side
 from flashmoe.trace import load_trace
 
 SCOPES = ("layer", "global")
@@ -217,34 +214,13 @@ def _run(replays: Sequence[_Replay], jobs: int, progress: Progress | None) -> li
         range(len(replays)), key=lambda number: (replays[number].path, replays[number].with_scores)
     )
     if min(jobs, len(replays)) > 1:
-        _run_side_by_side(replays, order, min(jobs, len(replays)), done)
+        cells = [(replays[number],) for number in order]
+        run_side_by_side(_row, cells, min(jobs, len(cells)), lambda place, row: done(order[place], row))
     else:
         for number in order:
             done(number, _row(replays[number]))
         _trace.cache_clear()
     return [rows[number] for number in range(len(replays))]
-
-
-def _run_side_by_side(
-    replays: Sequence[_Replay], order: Sequence[int], jobs: int, done: Callable[[int, CompareRow], None]
-) -> None:
-    # "spawn" everywhere: forking a process that has threads is a way to hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _leave_quietly_on_interrupt) as pool:
-        futures = {pool.submit(_row, replays[number]): number for number in order}
-        try:
-            for future in as_completed(futures):
-                done(futures[future], future.result())
-        except BrokenProcessPool as error:
-            raise FlashMoEError(
-                "a replay's process was killed, for want of memory perhaps; try --jobs 1"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _leave_quietly_on_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _row(one: _Replay) -> CompareRow:

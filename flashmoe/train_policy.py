@@ -5,10 +5,8 @@ be chosen. In the first round LFU with ageing chooses, in the next ones the mode
 tried instead is in docs/log.md.
 """
 
-import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,10 @@ from cache_policies.registry import make_policy
 from cache_policies.replay import replay
 from cache_policies.routing_trace import RoutingTrace
 from flashmoe.errors import PolicyError
+from flashmoe.policies import check_learned_size
 from flashmoe.policy_file import parse_policy
+from flashmoe.processes import run_side_by_side
+from storage.safetensors_writer import new_file
 
 # Slots of a layer as shares of its experts, that every training and report goes through.
 CAPACITY_SHARES = (0.1875, 0.25, 0.3125, 0.375, 0.5)
@@ -107,7 +108,7 @@ def folds_of(trace: RoutingTrace, count: int = 3) -> list[Fold]:
     count = min(count, len(names))
     size = -(-len(names) // count)
     folds = []
-    for number in range(count):
+    for number in range(-(-len(names) // size)):  # of four names two blocks of two are all
         tested = sorted({names[(number * size + i) % len(names)] for i in range(size)})
         rest = [name for name in names if name not in tested]
         folds.append(Fold("+".join(tested), trace.of_datasets(rest), trace.of_datasets(tested)))
@@ -135,6 +136,8 @@ def train_policy(
         raise PolicyError(
             f"the traces hold {tokens} tokens; training needs {LEAST_TOKENS} and likes some ten thousand"
         )
+    for trace in traces:
+        check_learned_size(trace.layers, trace.num_experts, trace.top_k)
     parts: list[DecisionSamples] = []
     text = None
     for number in range(options.rounds + 1):
@@ -251,26 +254,23 @@ def _in_processes(
 ) -> list[Any]:
     """[function(*cell)], in order, in as many processes as there are cores."""
     jobs = min(jobs or os.cpu_count() or 1, len(cells))
-    results: list[Any] = []
+    results: dict[int, Any] = {}
+
+    def done(number: int, result: Any) -> None:
+        results[number] = result
+        if progress is not None:
+            progress(what, len(results), len(cells))
+
     if jobs == 1:
-        for cell in cells:
-            results.append(function(*cell))
-            if progress is not None:
-                progress(what, len(results), len(cells))
-        return results
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for future in [pool.submit(function, *cell) for cell in cells]:
-            results.append(future.result())
-            if progress is not None:
-                progress(what, len(results), len(cells))
-    return results
+        for number, cell in enumerate(cells):
+            done(number, function(*cell))
+    else:
+        run_side_by_side(function, cells, jobs, done)
+    return [results[number] for number in range(len(cells))]
 
 
 def write_policy(path: Path, text: str) -> None:
-    """All of it or nothing. Raises PolicyError."""
-    whole = path.with_name(path.name + ".part")
-    try:
-        whole.write_text(text, "ascii")
-        os.replace(whole, path)
-    except OSError as error:
-        raise PolicyError(f"{path} cannot be written: {error.strerror}") from error
+    """All of it or nothing. Raises StorageError."""
+    content = text.encode("ascii")
+    with new_file(path, len(content)) as file:
+        file.write(content)

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from cache_policies.policy import Geometry
-from cache_policies.registry import make_policy
 from flashmoe.config import load_model_config
 from flashmoe.decoder import Decoder
 from flashmoe.engine import Engine
 from flashmoe.expert_cache import ExpertCache
+from flashmoe.policies import build_policy
 from flashmoe.weights import CheckpointLayout, load_dense
 from kernels.native import make_context
 from storage.checkpoint import open_checkpoint
@@ -38,7 +38,7 @@ def build_engine(
     slots = slots or len(plans)
     c = config
     geometry = Geometry(c.num_moe_layers, c.num_experts, c.num_experts_per_tok, slots, per_layer)
-    cache = ExpertCache(plans, opened, ReadQueue(opened), make_policy(policy, geometry), geometry, spare)
+    cache = ExpertCache(plans, opened, ReadQueue(opened), build_policy(policy, geometry), geometry, spare)
     kernels, format = make_context(threads, isa), next(iter(layout.experts.values())).format
     return Engine(Decoder(config, load_dense(layout), cache, context, kernels, format, exact))
 

@@ -1,7 +1,9 @@
 """The learned policy: its features against a plain reckoning, its files against LightGBM, its shadow, and
 what it is worth on a stored trace. The contract that it shares with all policies is in test_policies.py."""
 
+import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +20,12 @@ from cache_policies.policy import Geometry
 from cache_policies.registry import make_policy
 from cache_policies.replay import replay
 from cache_policies.routing_trace import RoutingTrace, forwards_of, join_traces
-from flashmoe.errors import ConfigError, PolicyError
+from flashmoe import cli
+from flashmoe.errors import ConfigError, FlashMoEError, PolicyError
+from flashmoe.npz import write_npz
 from flashmoe.policies import build_policy, check_policy
 from flashmoe.policy_file import parse_policy, read_policy, shipped_policy
+from flashmoe.processes import run_side_by_side
 from flashmoe.trace import load_trace
 from flashmoe.train_policy import (
     Fold,
@@ -29,7 +34,9 @@ from flashmoe.train_policy import (
     folds_of,
     train_policy,
     without_datasets,
+    write_policy,
 )
+from storage.storage_errors import StorageError
 
 SLICE = Path(__file__).parent / "data" / "gpt-oss-20b-slice.npz"
 AGE = FEATURE_NAMES.index("age")
@@ -223,6 +230,29 @@ def test_ids_that_the_geometry_does_not_know_are_errors() -> None:
             call()
 
 
+def test_scores_of_another_width_are_an_error() -> None:
+    """They were read past their end."""
+    policy = Learned(Geometry(1, 4, 1, 2), constant())
+    with pytest.raises(ValueError, match=r"scores of shape \(3,\), but a layer has 4 experts"):
+        policy.step(0, [0], [1.0], [0.5, 0.25, 0.25])
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_pass_that_was_cut_short_leaves_no_layer_behind_for_good(tokens: int) -> None:
+    """Ctrl-C between two layers left the later ones an event behind: from then on they were compared with no
+    past token, and the shadows stood still. `tokens` beyond 1: a chunk."""
+    policy = Learned(Geometry(3, 4, 1, 1, per_layer=True), constant())
+    for layer in range(2):
+        for _ in range(tokens):
+            policy.step(layer, [0], token=7)
+    for i in range(10):  # layer 2 misses every time
+        for layer, expert in ((0, 0), (1, 0), (2, i % 2)):
+            policy.step(layer, [expert], token=7)
+    assert policy.stats.learned_misses == policy.stats.simple_misses == 2 + 10
+    row = dict(zip(FEATURE_NAMES, policy.core.features(2, 0), strict=True))
+    assert row["match_likeness"] > 2, "layer 2 has matches, and its own part in them"
+
+
 # Choosing
 
 
@@ -316,6 +346,7 @@ POLICY_DAMAGE = {
     "half a child": (lambda t: set_field(t, "right_child", "0.5"), "is not the number"),
     "a leaf that is no number": (lambda t: set_field(t, "leaf_value", "nan"), "is not finite"),
     "a threshold that is a word": (lambda t: set_field(t, "threshold", "x"), "is missing or no number"),
+    "a leaf beyond float32": (lambda t: set_field(t, "leaf_value", "1e300"), "leaf is too large"),
     "categorical splits": (lambda t: set_field(t, "decision_type", "1"), "splits of type 1"),
     "fewer thresholds than nodes": (lambda t: drop_number(t, "threshold"), "29 threshold for 30 nodes"),
 }  # fmt: skip
@@ -377,6 +408,18 @@ def test_policies_are_built_by_name_or_file(tmp_path: Path) -> None:
                              ("learned:", "only learned takes a file")):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             check_policy(written)
+    for file, message in ((path.with_name("none"), "No such file"), ("~no-such-user/x", "home directory")):
+        with pytest.raises(PolicyError, match=message):
+            check_policy(f"learned:{file}")
+
+
+def test_a_trace_of_absurdly_many_experts_is_refused_before_memory_is_taken() -> None:
+    """A few bytes can declare 65,536 experts a layer, and the tables grow with their square."""
+    with pytest.raises(PolicyError, match="MiB for 4 layers of 65536 experts; the limit is 1024 MiB"):
+        build_policy("learned", Geometry(4, 1 << 16, 2, 8))
+    with pytest.raises(PolicyError, match="3 layers of 65536 experts"):
+        train_policy([replace(random_trace(0, tokens=600), num_experts=1 << 16)], QUICK)
+    assert build_policy("learned", Geometry(61, 512, 8, 100)).name == "learned"
 
 
 # Training
@@ -440,6 +483,20 @@ def test_traces_too_short_to_learn_from_are_refused() -> None:
         train_policy([random_trace(0)], QUICK)
 
 
+def test_a_policy_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(StorageError, match=r"cannot write .*a\.txt: Is a directory"):
+        write_policy(tmp_path / "a.txt", "tree\n")
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.txt"], "nothing is left over"
+    write_policy(tmp_path / "b.txt", "tree\n")
+    assert (tmp_path / "b.txt").read_text() == "tree\n"
+
+
+def test_a_training_whose_process_is_killed_is_one_line() -> None:
+    with pytest.raises(FlashMoEError, match="a process was killed, for want of memory perhaps; try --jobs 1"):
+        run_side_by_side(os._exit, [(1,), (1,)], 2, lambda number, result: None)
+
+
 def test_folds_hold_whole_data_sets_out() -> None:
     parts = [replace(random_trace(i, 10), datasets=(name,)) for i, name in enumerate("abcdefgh")]
     whole = join_traces(parts, "x")
@@ -448,9 +505,39 @@ def test_folds_hold_whole_data_sets_out() -> None:
     for fold in folds:
         assert not {*fold.train.datasets} & {*fold.test.datasets}
         assert len(fold.train) + len(fold.test) == len(whole)
+    four = join_traces(parts[:4], "x")
+    assert [fold.name for fold in folds_of(four)] == ["a+b", "c+d"], "each data set once; it was a+b again"
     one = join_traces([random_trace(i, 10) for i in range(10)], "x")
     assert [(len(f.train), len(f.test)) for f in folds_of(one)] == [(80, 20)]
     assert folds_of(random_trace(0)) == []
+
+
+def test_train_policy_reports_on_what_it_holds_out_and_writes_a_policy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = join_traces(
+        [replace(random_trace(i, 300), datasets=(name,)) for i, name in enumerate("abc")], "x"
+    )
+    assert trace.weights is not None and trace.scores is not None and trace.tokens is not None
+    arrays = {
+        "experts": trace.experts, "seq_offsets": trace.seq_offsets, "dataset": np.array(trace.datasets),
+        "num_experts": np.array(12), "weights": trace.weights, "scores": trace.scores, "token": trace.tokens,
+    }  # fmt: skip
+    write_npz(tmp_path / "x.npz", arrays)
+    command = ["train-policy", "--trace", str(tmp_path / "x.npz"), "--trees", "3", "--jobs", "1", "--quiet"]
+    out = str(tmp_path / "mine.txt")
+    assert cli.main([*command, "--output", out, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["trace"], row["fold"], row["capacity"]) for row in rows] == [
+        ("x", fold, capacity) for fold in "abc" for capacity in (3, 4, 6)
+    ]
+    assert all(row["lru"] <= row["belady"] and row["learned"] <= row["belady"] for row in rows)
+    read_policy(Path(out))
+    assert cli.main([*command, "--output", str(tmp_path / "none" / "mine.txt")]) == 1
+    assert "no folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:  # it was a traceback of numpy's
+        cli.main([*command, "--output", out, "--seed", "-1"])
+    assert left.value.code == 2
 
 
 def test_data_sets_can_be_kept_out_of_the_training() -> None:

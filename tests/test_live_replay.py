@@ -1,4 +1,6 @@
-"""A recorded live run, replayed, gives the same hits and misses to the last one: replay is the engine."""
+"""A recorded live run, replayed, gives the same hits and misses to the last one: replay is the engine.
+
+Weights and scores are rounded to half precision, as in a trace."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +11,10 @@ from engines import build_engine
 from torch import Tensor
 
 from cache_policies.policy import Geometry
-from cache_policies.registry import POLICY_NAMES, make_policy
 from cache_policies.replay import replay
 from cache_policies.routing_trace import RoutingTrace
 from flashmoe.engine import Engine
+from flashmoe.policies import LIVE_NAMES, build_policy
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 PROMPTS = (list(range(7, 60)), list(range(90, 7, -2)))
@@ -45,8 +47,8 @@ class Recorder:
         )
         ends = np.array([0, len(self.tokens)])
         return RoutingTrace(
-            "live", EXPERTS, ids, ends, np.array(self.forwards), ("live",), weights, scores,
-            np.array(self.tokens),
+            "live", EXPERTS, ids, ends, np.array(self.forwards), ("live",), weights.astype(np.float16),
+            scores.astype(np.float16), np.array(self.tokens),
         )  # fmt: skip
 
 
@@ -61,7 +63,7 @@ def run_two_prompts(engine: Engine) -> RoutingTrace:
     return recorder.trace()
 
 
-@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize("policy", LIVE_NAMES)
 @pytest.mark.parametrize(
     ("slots", "per_layer", "spare"),
     [
@@ -76,7 +78,7 @@ def test_a_live_run_replayed_has_the_same_hits_and_misses(
     trace = run_two_prompts(engine)
     live = engine.decoder.experts
     geometry = Geometry(LAYERS, EXPERTS, TOP_K, slots, per_layer)
-    counts = replay(trace, make_policy(policy, geometry), geometry, spare)
+    counts = replay(trace, build_policy(policy, geometry), geometry, spare)
     assert (counts.hits, counts.misses) == (live.counters.hits, live.counters.misses)
     assert live.counters.hits > 0 or slots == 2
     live.close()

@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -28,6 +29,9 @@ Trees make_trees(const std::vector<int>& roots, const std::vector<int>& feature,
     throw std::invalid_argument("the trees' arrays differ in length");
   for (int root : roots)
     if (root < -int(leaves.size()) || root >= n) throw std::invalid_argument("a tree's root is not there");
+  // Finite as double is not enough: infinities of both signs add up to NaN, which cannot be sorted.
+  for (float leaf : leaves)
+    if (!std::isfinite(leaf)) throw std::invalid_argument("a tree's leaf is too large");
   std::vector<Trees::Node> nodes;
   for (int i = 0; i < n; i++) {
     if (feature[i] < 0 || feature[i] >= flashmoe::kFeatures)

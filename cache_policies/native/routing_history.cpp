@@ -99,6 +99,10 @@ int64_t RoutingHistory::bytes(Shape s) {
 
 void RoutingHistory::step(int layer, const int* routed, int n, const float* weights, const float* scores,
                           int token) {
+  // A pass that was cut short, by Ctrl-C say, has left the later layers behind. From the next pass on all count the
+  // same tokens again; otherwise they would lag, and be compared with nothing, for good.
+  if (layer < last_layer_) std::fill(events_.begin(), events_.end(), tokens_);
+  last_layer_ = layer;
   const int now = ++events_[layer];
   if (now > tokens_) begin_token(token);
   count_transitions(layer, routed, n);

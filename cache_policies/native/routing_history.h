@@ -76,6 +76,7 @@ class RoutingHistory {
   std::vector<std::vector<int>> routed_;      // [L]: the last event's set
   std::vector<uint16_t> transitions_;         // [L, E, E]: uses of the second one event after the first
   std::vector<uint16_t> transitions_from_;    // [L, E]
+  int last_layer_ = 0;
   // The past, a ring of kHistory tokens.
   int tokens_ = 0;  // seen so far; a token's place is its number modulo kHistory
   std::vector<uint64_t> sets_;                    // [L, kHistory, words]
