@@ -366,7 +366,7 @@ def test_where_every_expert_has_a_slot_there_is_nothing_to_guess(tiny_model: Pat
 def test_what_a_predictor_holds_is_in_the_plan(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashmoe.loader.host.rss_bytes", lambda: 1 << 20)
     opened = open_model(tiny_model)
-    off = plan_model(opened, RunConfig()).process_bytes
+    off = plan_model(opened, RunConfig(prefetch="off")).process_bytes
     config = opened.config
     built: dict[str, object] = {
         "transitions": TransitionTable(config), "learned": LearnedPredictor(config),
@@ -377,7 +377,7 @@ def test_what_a_predictor_holds_is_in_the_plan(tiny_model: Path, monkeypatch: py
         arrays = vars(built[name]).values() if name in built else ()
         held = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
         assert 0.8 * held <= counted <= 1.4 * held, name
-    assert plan_model(opened, RunConfig(predictor="maps")).process_bytes == off
+    assert plan_model(opened, RunConfig(prefetch="off", predictor="maps")).process_bytes == off
 
 
 def test_every_predictor_there_is_can_be_asked_for_by_name(
