@@ -98,8 +98,10 @@ def plan_model(model: OpenedModel, run: RunConfig) -> BudgetPlan:
 
 
 def share_slots(plan: BudgetPlan, config: ModelConfig, run: RunConfig) -> BudgetPlan:
-    """The plan with as many slots for guesses as `run.prefetch` wants; none where all experts have theirs."""
-    staging = min(2 * _guesses(run), MAX_STAGING, plan.slots // 16, plan.slots - config.num_experts_per_tok)
+    """The plan with as many slots for guesses as `run.prefetch` wants; none where all experts have theirs, or
+    every slot is needed to run at all."""
+    least = config.num_experts_per_tok * (config.num_moe_layers if run.scope == "layer" else 1)
+    staging = max(0, min(2 * _guesses(run), MAX_STAGING, plan.slots // 16, plan.slots - least))
     return replace(plan, staging_slots=staging if plan.slots < plan.experts else 0)
 
 

@@ -21,7 +21,7 @@ from flashmoe.config import PREDICTOR_NAMES, RunConfig
 from flashmoe.engine import Engine
 from flashmoe.errors import BudgetError, ConfigError
 from flashmoe.expert_cache import ExpertCache, _Read
-from flashmoe.loader import load_engine, open_model, plan_model
+from flashmoe.loader import load_engine, open_model, plan_model, share_slots
 from flashmoe.predictors import PREDICTORS, ExpertMaps, LearnedPredictor, NextRouter, TransitionTable
 from flashmoe.prefetch import Guess, Prefetcher, Trial
 from storage.expert_reader import ReadPlan
@@ -361,6 +361,18 @@ def test_where_every_expert_has_a_slot_there_is_nothing_to_guess(tiny_model: Pat
         assert (loaded.cache._residency.slots, loaded.cache._residency.spare) == (slots - staging, staging)
         assert (loaded.engine.decoder.prefetcher is None) == (staging == 0)
         loaded.cache.close()
+
+
+def test_guesses_take_no_slot_that_a_layer_needs_to_run(tiny_model: Path) -> None:
+    """Where each layer had slots for its top-k and no more, guesses made a budget too small that was not."""
+    opened = open_model(tiny_model)
+    config = replace(opened.config, num_experts_per_tok=8)
+    plan = replace(plan_model(opened, RunConfig("100%")), experts=100)
+    run = RunConfig(prefetch="auto", scope="layer")
+    shared = [share_slots(replace(plan, slots=slots), config, run).staging_slots for slots in (23, 24, 25)]
+    assert shared == [0, 0, 1], "3 layers of top-8"
+    anywhere = share_slots(replace(plan, slots=24), config, replace(run, scope="global"))
+    assert anywhere.staging_slots == 1
 
 
 def test_what_a_predictor_holds_is_in_the_plan(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
