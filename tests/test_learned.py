@@ -161,12 +161,13 @@ class PlainFeatures:
         return [*(w / votes for w in within.values()), distance / votes, best / self.top_k, votes]
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_features_are_what_the_events_say(seed: int) -> None:
-    trace = random_trace(seed)
+@pytest.mark.parametrize(("seed", "experts"), [(0, 12), (1, 12), (2, 12), (3, 12), (0, 70)])
+def test_features_are_what_the_events_say(seed: int, experts: int) -> None:
+    """70 experts: a set of them is more than one word."""
+    trace = random_trace(seed, experts=experts)
     assert trace.weights is not None and trace.scores is not None and trace.tokens is not None
-    policy = Learned(Geometry(3, 12, 3, 18), constant())
-    plain = PlainFeatures(3, 12, 3)
+    policy = Learned(Geometry(3, experts, 3, 18), constant())
+    plain = PlainFeatures(3, experts, 3)
     for row in range(len(trace)):
         for layer in range(3):
             event = (
@@ -176,7 +177,7 @@ def test_features_are_what_the_events_say(seed: int) -> None:
             policy.step(layer, event[0], event[1], np.array(event[2]), event[3])
             plain.step(layer, *event)
             if row % 7 == seed:
-                for expert in range(12):
+                for expert in range(experts):
                     np.testing.assert_allclose(
                         policy.core.features(layer, expert), plain.features(layer, expert, slots=6.0),
                         rtol=2e-3, atol=2e-4, err_msg=f"token {row}, layer {layer}, expert {expert}",
