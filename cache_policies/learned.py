@@ -84,10 +84,6 @@ class Learned(CachePolicy):
             self.core.left(*expert)
         return chosen
 
-    def set_trees(self, trees: Trees) -> None:
-        """Go on with another model; what was observed stays."""
-        self.core.set_trees(trees)
-
     @property
     def stats(self) -> LearnedStats:
         c = self.core

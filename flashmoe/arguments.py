@@ -268,9 +268,9 @@ def _add_running_options(parser: argparse.ArgumentParser, one_policy: bool = Tru
         add(
             "--policy",
             choices=_PolicyNames(),
-            default="lfru",
+            default="learned",
             metavar="NAME",
-            help="which expert leaves when another needs its slot: %(choices)s (default: lfru);"
+            help="which expert leaves when another needs its slot: %(choices)s (default: learned);"
             " learned:FILE takes a policy of train-policy",
         )
         add(
@@ -281,10 +281,10 @@ def _add_running_options(parser: argparse.ArgumentParser, one_policy: bool = Tru
         )
         add(
             "--prefetch",
-            default="off",
+            default="auto",
             metavar="auto|off|N",
             help="read what the next layers may need while the drive is idle: at most N experts a layer, or"
-            " auto, where it is measured to pay (default: off)",
+            " auto, where it is measured to pay (default: auto)",
         )
         add(
             "--predictor",

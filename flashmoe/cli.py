@@ -343,13 +343,15 @@ def _compare_live(arguments: argparse.Namespace, screen: Screen, show: Callable[
     from flashmoe.documents import read_documents
 
     documents: list[Document] = read_documents(arguments.prompts)
-    policies = arguments.policies or ["lru", "lfu", "lfru"]
+    policies = arguments.policies or ["lru", "lfu", "learned"]
     guesses = arguments.prefetch or ["off"]
     for value in guesses:  # a bad one should not wait for the model to load
         RunConfig(prefetch=value)
     contenders = [Contender(policy, prefetch) for policy in policies for prefetch in guesses]
     options = LiveOptions(arguments.generate or 64, arguments.max_tokens, arguments.repeat or 5)
-    with _load_llm(arguments, screen, policies[0], guesses[0], arguments.seed) as llm:
+    # Memory is planned once: for the policy that takes some.
+    planned = next((policy for policy in policies if policy.startswith("learned")), policies[0])
+    with _load_llm(arguments, screen, planned, guesses[0], arguments.seed) as llm:
         compared = compare_live(llm, documents, contenders, options, screen.remark)
     show(_table(compared.table(), " | "))
     show(

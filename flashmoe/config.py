@@ -271,7 +271,7 @@ class RunConfig:
     """What the user chose. `ram_budget` is text ("16G", "80%", "auto"); `context` None means: what fits."""
 
     ram_budget: str = "auto"
-    policy: str = "lfru"
+    policy: str = "learned"
     reader: str = "auto"
     context: int | None = None
     threads: int | None = None
@@ -279,7 +279,7 @@ class RunConfig:
     exact_activations: bool = False  # fp32 activations also for int4 and int8 weights
     check_reads: bool = False  # compare every expert read with its checksum
     scope: str = "global"  # of the policy's capacity: all layers share it, or "layer": each has its own
-    prefetch: str = "off"  # "auto": if it is measured to pay; a number: at most so many guesses a layer
+    prefetch: str = "auto"  # if it is measured to pay, or "off"; a number: at most so many guesses a layer
     learn: bool = False  # keep the routing of chats, and train the learned policy on it
     predictor: str = PREDICTOR_NAMES[0]  # who guesses what prefetch reads
 

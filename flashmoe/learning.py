@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # Of the newest tokens so many are kept, and of one run no more are recorded; of new ones so many are worth a
 # training.
 MOST_TOKENS, NEW_TOKENS = 40_000, 2_000
+MOST_SCORE_BYTES = 256 << 20  # of the traces that a training holds; joined they are there twice
 LEAST_RECORDED = 32  # tokens of a run that are worth a file
 POLICY_NAME, REPORT_NAME, LOCK_NAME, TRACES_NAME = "policy.txt", "report.json", "training", "traces"
 STALE_LOCK_S = 4 * 3600.0
@@ -179,6 +180,8 @@ def improve(folder: Path, jobs: int = 1) -> dict[str, object]:
             path.unlink(missing_ok=True)  # half written, or somebody else's: it would fail every time
     if not parts:
         raise PolicyError(f"{folder} has no traces; chat with --learn first")
+    while len(parts) > 1 and sum(_score_bytes(part) for part in parts) > MOST_SCORE_BYTES:
+        parts.pop(0)  # the oldest; a training must not take the memory of the chat that goes on beside it
     trace = join_traces(parts, "own chats")
     cut = max(1, round(0.8 * len(trace)))
     fold = Fold("last fifth", trace.rows(0, cut), trace.rows(cut, len(trace)))
@@ -203,6 +206,10 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(f"--learn cannot write to {folder}: {error.strerror}") from error
+
+
+def _score_bytes(trace: RoutingTrace) -> int:
+    return 0 if trace.scores is None else trace.scores.nbytes
 
 
 def _tokens(path: Path) -> int:

@@ -57,7 +57,7 @@ def parse_policy(text: str, name: str) -> Trees:
             " version; train it again with flashmoe train-policy"
         )
     objective = fields.get("objective", "")[:40]
-    if not objective.startswith("regression"):
+    if objective != "regression" or "average_output" in head.splitlines():
         raise PolicyError(f"{name} has objective {objective!r}; a policy foretells distances by regression")
     parser = _TreeParser(name)
     for section in sections:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cache_policies.belady import Belady
 from cache_policies.decision_samples import DecisionSamples, join, sample_decisions
 from cache_policies.learned import FEATURE_NAMES, Learned
@@ -24,7 +22,7 @@ from cache_policies.replay import replay
 from cache_policies.routing_trace import RoutingTrace
 from flashmoe.errors import PolicyError
 from flashmoe.policies import check_learned_size
-from flashmoe.policy_file import parse_policy
+from flashmoe.policy_file import MOST_NODES, parse_policy
 from flashmoe.processes import run_side_by_side
 from storage.safetensors_writer import new_file
 
@@ -47,7 +45,6 @@ class TrainOptions:
     learning_rate: float = 0.1
     rounds: int = 1
     rows: int = 200_000
-    objective: str = "regression"
     seed: int = 0
     jobs: int | None = None
 
@@ -131,6 +128,11 @@ def train_policy(
 ) -> str:
     """A policy file's text. Raises PolicyError when the traces are too short to learn from."""
     options = options or TrainOptions()
+    if options.trees * (options.leaves - 1) > MOST_NODES:
+        raise PolicyError(
+            f"{options.trees} trees of {options.leaves} leaves exceed the {MOST_NODES} nodes of a policy;"
+            " 40 trees of 31 do well"
+        )
     tokens = sum(map(len, traces))
     if tokens < LEAST_TOKENS:
         raise PolicyError(
@@ -215,11 +217,8 @@ def _samples(trace: RoutingTrace, capacity: int, text: str | None, rows: float, 
 def _fit(samples: DecisionSamples, options: TrainOptions) -> str:
     import lightgbm
 
-    order = np.argsort(samples.decision, kind="stable")
-    sizes = np.unique(samples.decision, return_counts=True)[1]
-    ranking = options.objective != "regression"
     parameters: dict[str, Any] = {
-        "objective": options.objective,
+        "objective": "regression",
         "num_leaves": options.leaves,
         "learning_rate": options.learning_rate,
         "min_data_in_leaf": 100,
@@ -232,14 +231,7 @@ def _fit(samples: DecisionSamples, options: TrainOptions) -> str:
         "num_threads": options.jobs or os.cpu_count() or 1,
         "verbose": -1,
     }
-    labels = samples.distance[order]
-    if ranking:  # half an octave a step, and a gain that grows slowly
-        labels = np.round(2 * labels)
-        parameters["label_gain"] = [2 ** (step / 4) - 1 for step in range(20)]
-        parameters["lambdarank_truncation_level"] = 4
-    data = lightgbm.Dataset(
-        samples.features[order], labels, group=sizes if ranking else None, feature_name=list(FEATURE_NAMES)
-    )
+    data = lightgbm.Dataset(samples.features, samples.distance, feature_name=list(FEATURE_NAMES))
     text: str = lightgbm.train(parameters, data, options.trees).model_to_string()
     # Everything behind the trees (importances, parameters with their paths) is no part of a policy.
     return text.split("end of trees")[0] + "end of trees\n"

@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--model")
     add("--text", type=Path, help=".txt or .jsonl (default: our own)")
     add("--ram-budget", default="auto")
-    add("--policy", default="lfru")
+    add("--policy", default="learned")
     add("--predictors", type=lambda names: names.split(","), default=list(PREDICTOR_NAMES))
     add("--guesses", type=lambda names: names.split(","), help="default: 1,2,4; with --live: 2,auto")
     add("--slots", type=lambda counts: [int(n) for n in counts.split(",")], help="default: a fifth, a third")

@@ -636,7 +636,7 @@ def test_trace_records_texts_token_by_token_domains_in_turn(
     assert "40 tokens in 3 sequences, 3 layers of 8 experts" in err
     meta = json.loads(str(read_npz(output, ["meta"])["meta"]))
     assert meta["format"] == 1
-    assert (meta["model"], meta["model_type"], meta["policy"]) == ("mixtral", "mixtral", "lfru")
+    assert (meta["model"], meta["model_type"], meta["policy"]) == ("mixtral", "mixtral", "learned")
 
 
 def test_trace_in_prefill_chunks_routes_the_same(tiny_model: Path, texts: Path, tmp_path: Path):

@@ -139,7 +139,6 @@ NB_MODULE(_learned, m) {
       .def("worst", &Policy::worst, "count"_a)
       .def("rank", &Policy::rank, "candidates"_a)
       .def("features", &Policy::features, "layer"_a, "expert"_a)
-      .def("set_trees", [](Policy& p, const Trees& trees) { p.core().set_trees(trees); }, "trees"_a)
       .def_prop_ro("stepped_back", [](Policy& p) { return p.core().stepped_back(); })
       .def_prop_ro("step_backs", [](Policy& p) { return p.core().step_backs(); })
       .def_prop_ro("tokens_stepped_back", [](Policy& p) { return p.core().tokens_stepped_back(); })

@@ -120,7 +120,10 @@ void LearnedCore::step(int layer, const int* routed, int n, const float* weights
   float* heat = &heat_[size_t(layer) * shape.experts];
   for (int e = 0; e < shape.experts; e++) heat[e] *= kHeatKept;
   for (int j = 0; j < n; j++) heat[routed[j]] += 1;
-  if (history_.at_newest_token(layer)) compare_shadows(layer, routed, n);
+  // Inside a prefill chunk the same layer comes again and again, and no cache is filled token by token.
+  const bool in_chunk = layer == last_layer_ && shape.layers > 1;
+  last_layer_ = layer;
+  if (!in_chunk && history_.at_newest_token(layer)) compare_shadows(layer, routed, n);
 }
 
 void LearnedCore::inserted(int expert) {
@@ -163,11 +166,6 @@ void LearnedCore::features(int layer, int expert, float* out) {
     matched_ = true;
   }
   history_.features(layer, expert, slots_, out);
-}
-
-void LearnedCore::set_trees(Trees trees) {
-  trees_ = std::move(trees);
-  std::fill(scored_.begin(), scored_.end(), -1);
 }
 
 // The prediction is in events of the expert's own layer. Where layers share the slots it is turned into events of

@@ -76,7 +76,6 @@ class LearnedCore {
   void rank(std::vector<int>& experts);
   // [kFeatures] of one expert as of now.
   void features(int layer, int expert, float* out);
-  void set_trees(Trees trees);
 
   bool stepped_back() const { return stepped_back_; }
   int64_t step_backs() const { return step_backs_; }
@@ -108,6 +107,7 @@ class LearnedCore {
   std::vector<float> rows_, predicted_;
   std::vector<std::pair<float, int>> keyed_;
   bool matched_ = false;
+  int last_layer_ = -1;
   ShadowCache learned_shadow_, simple_shadow_;
   float learned_recent_ = 0, simple_recent_ = 0;  // misses, decayed
   int64_t tokens_ = 0, learned_misses_ = 0, simple_misses_ = 0, step_backs_ = 0, tokens_stepped_back_ = 0;
