@@ -15,8 +15,9 @@ Hit rates from an empty cache, on a fold's held-out sequences, with the same slo
 
 The shipped policy has seen the traces it was made from, held-out sequences and all: only `--train`, or a file
 trained without these data sets, makes "learned" comparable. `--sequences N` takes every N-th sequence of
-either part; time grows with the tokens that are left. Folds keep names apart, not texts: gpqa_diamond,
-gpqa_main and gpqa_extended share questions.
+either part; time grows with the tokens that are left. With few of them "paper" is starved: the command above
+gives it 3,279, and 8.5 % of the gap at 8 slots; 13,332 gave it 17.9 % there, after eight times the training.
+Folds keep names apart, not texts: gpqa_diamond, gpqa_main and gpqa_extended share questions.
 
 Prints a table and, as the last line, one JSON object.
 """
