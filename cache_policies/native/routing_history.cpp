@@ -87,7 +87,7 @@ RoutingHistory::RoutingHistory(Shape shape)
     for (int age = 0; age < kDecays; age++) decays_[h][age] = std::exp2(-float(age) / kHalfLives[h]);
   }
   for (Expert& e : experts_) e.score = e.score_fast = e.score_slow = kUnknown;
-  ranked_.reserve(kHistory);
+  ranked_.reserve(kMatches);
   matches_.reserve(kMatches);
 }
 
@@ -194,15 +194,19 @@ void RoutingHistory::find_matches() {
   const float best = *std::max_element(best_of, best_of + kLanes);
   if (best <= 0) return;
   const float least = std::max(1e-3f, best - 5 / kSharpness);
-  ranked_.clear();
+  ranked_.clear();  // a heap of the best so far, the least of them in front
   for (int p = 0; p < n; p++) {
-    if (likeness_[p] >= least) ranked_.emplace_back(-likeness_[p], p);
+    if (likeness_[p] < least) continue;
+    const std::pair<float, int> match(-likeness_[p], p);
+    if (ranked_.size() == kMatches) {
+      if (match > ranked_.front()) continue;
+      std::pop_heap(ranked_.begin(), ranked_.end());
+      ranked_.pop_back();
+    }
+    ranked_.push_back(match);
+    std::push_heap(ranked_.begin(), ranked_.end());
   }
-  if (ranked_.size() > kMatches) {
-    std::nth_element(ranked_.begin(), ranked_.begin() + kMatches, ranked_.end());
-    ranked_.resize(kMatches);
-  }
-  std::sort(ranked_.begin(), ranked_.end());
+  std::sort_heap(ranked_.begin(), ranked_.end());
   for (const auto& [negative, place] : ranked_) {
     const float weight = std::exp(kSharpness * (-negative - best));
     matches_.push_back({place, weight});
