@@ -77,7 +77,8 @@ def write_plot(path: Path, panels: Sequence[Panels]) -> None:
                 "linestyle": STYLES[number // len(COLOURS) % len(STYLES)],
                 "marker": MARKERS[number % len(MARKERS)],
             }
-            left.plot(series.capacities, series.hit_rates, label=_plain(series.policy), markersize=5, **look)
+            label = _plain(_short(series.policy))
+            left.plot(series.capacities, series.hit_rates, label=label, markersize=5, **look)
             points = [
                 (capacity, gap)
                 for capacity, gap in zip(series.capacities, series.gaps_closed, strict=True)
@@ -117,3 +118,9 @@ def _series(rows: Sequence[CompareRow], policy: str) -> Series:
 def _plain(text: str) -> str:
     """Letters that every font has, and no formula: `$` would begin one."""
     return text.encode("ascii", "replace").decode().replace("$", r"\$")
+
+
+def _short(policy: str) -> str:
+    """A policy's file without the way to it: a plot travels farther than the file."""
+    name, colon, file = policy.partition(":")
+    return name + colon + Path(file).name if colon else name
