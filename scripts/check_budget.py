@@ -28,7 +28,8 @@ def generate(args: argparse.Namespace) -> dict[str, object]:
     from flashmoe import LLM
     from storage import host
 
-    with LLM(args.model, ram_budget=args.ram_budget, reader=args.reader, policy=args.policy) as llm:
+    chosen = {"reader": args.reader, "policy": args.policy, "prefetch": args.prefetch}
+    with LLM(args.model, ram_budget=args.ram_budget, **chosen) as llm:
         prompt = llm.tokenizer.encode(PROMPT)
         cache = llm.expert_cache.counters
         before = host.drive_read_bytes()
@@ -45,6 +46,7 @@ def generate(args: argparse.Namespace) -> dict[str, object]:
             "hit_rate": cache.hits / (cache.hits + cache.misses),
             "misses": cache.misses,
             "expert_bytes": llm.plan.expert_bytes,
+            "bytes_guessed_in_vain": cache.prefetch_bytes_wasted,
             "io_bytes": None if before is None or after is None else after - before,
         }
 
@@ -57,6 +59,7 @@ def main() -> int:
     parser.add_argument("--ram-budget", required=True)
     parser.add_argument("--reader", default="direct")
     parser.add_argument("--policy", default="lru")
+    parser.add_argument("--prefetch", default="off")
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -76,6 +79,7 @@ def main() -> int:
             return CANNOT
         inside = json.loads(answer.read_text()) if answer.exists() else {}
     expected = inside.get("misses", 0) * inside.get("expert_bytes", 0)
+    expected += inside.get("bytes_guessed_in_vain", 0)
     io_ratio = inside["io_bytes"] / expected if inside.get("io_bytes") and expected else None
     print(json.dumps({**inside, "io_over_expected": io_ratio, "cgroup": asdict(run)}))
     kept = run.returncode == 0 and run.oom_kills == 0 and inside["peak_rss_bytes"] <= inside["budget_bytes"]

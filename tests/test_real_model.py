@@ -66,17 +66,23 @@ def test_one_prompt_on_the_command_line_inside_a_budget_smaller_than_the_model(
 
 @pytest.mark.root
 @pytest.mark.drive
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
-def test_200_tokens_in_a_memory_cgroup_of_exactly_the_budget(smolmoe: Path, policy: str) -> None:
-    """Not killed, and the bytes that the kernel counted are misses x expert bytes within one percent."""
+@pytest.mark.parametrize("policy, prefetch", [("lru", "off"), ("lfu", "off"), ("learned", "2")])
+def test_200_tokens_in_a_memory_cgroup_of_exactly_the_budget(
+    smolmoe: Path, policy: str, prefetch: str
+) -> None:
+    """Not killed, and the bytes that the kernel counted are misses x expert bytes within one percent, and
+    what was guessed in vain."""
     command = [sys.executable, "scripts/check_budget.py", "--model", str(smolmoe), "--ram-budget", "640M"]
-    done = subprocess.run([*command, "--policy", policy], cwd=ROOT, capture_output=True, text=True)
+    options = ["--policy", policy, "--prefetch", prefetch]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["cgroup"]["oom_kills"] == 0
     assert result["peak_rss_bytes"] <= result["budget_bytes"] == result["cgroup"]["limit_bytes"]
     assert result["misses"] > 1000
-    assert result["io_bytes"] == pytest.approx(result["misses"] * result["expert_bytes"], rel=0.01)
+    expected = result["misses"] * result["expert_bytes"] + result["bytes_guessed_in_vain"]
+    assert result["io_bytes"] == pytest.approx(expected, rel=0.01)
+    assert (result["bytes_guessed_in_vain"] > 0) == (prefetch != "off")
 
 
 def _rss_bytes() -> int:
