@@ -257,6 +257,7 @@ def train(arguments: argparse.Namespace, screen: Screen) -> int:
     from flashmoe.trace import load_trace
     from flashmoe.train_policy import (
         COLUMNS,
+        LEAST_TOKENS,
         TrainOptions,
         evaluate,
         folds_of,
@@ -276,6 +277,9 @@ def train(arguments: argparse.Namespace, screen: Screen) -> int:
         for trace in () if arguments.no_report else traces:
             for fold in folds_of(trace):
                 others = [other for other in traces if other is not trace]
+                if sum(map(len, [*others, fold.train])) < LEAST_TOKENS:
+                    screen.say(f"{trace.name}: too little is left to report on {fold.name}, held out")
+                    continue
                 text = train_policy([*others, fold.train], options, progress)
                 rows.append((trace.name, evaluate(text, fold, jobs=arguments.jobs)))
                 show(f"{trace.name}: held out {fold.name}, {len(fold.test)} of {len(trace)} tokens")

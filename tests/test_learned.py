@@ -513,19 +513,24 @@ def test_folds_hold_whole_data_sets_out() -> None:
     assert folds_of(random_trace(0)) == []
 
 
-def test_train_policy_reports_on_what_it_holds_out_and_writes_a_policy(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def training_on(tokens: int, path: Path) -> list[str]:
+    """A trace of three data sets of so many tokens each, and a command that trains on it."""
     trace = join_traces(
-        [replace(random_trace(i, 300), datasets=(name,)) for i, name in enumerate("abc")], "x"
+        [replace(random_trace(i, tokens), datasets=(name,)) for i, name in enumerate("abc")], "x"
     )
     assert trace.weights is not None and trace.scores is not None and trace.tokens is not None
     arrays = {
         "experts": trace.experts, "seq_offsets": trace.seq_offsets, "dataset": np.array(trace.datasets),
         "num_experts": np.array(12), "weights": trace.weights, "scores": trace.scores, "token": trace.tokens,
     }  # fmt: skip
-    write_npz(tmp_path / "x.npz", arrays)
-    command = ["train-policy", "--trace", str(tmp_path / "x.npz"), "--trees", "3", "--jobs", "1", "--quiet"]
+    write_npz(path, arrays)
+    return ["train-policy", "--trace", str(path), "--trees", "3", "--jobs", "1", "--quiet"]
+
+
+def test_train_policy_reports_on_what_it_holds_out_and_writes_a_policy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = training_on(300, tmp_path / "x.npz")
     out = str(tmp_path / "mine.txt")
     assert cli.main([*command, "--output", out, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
@@ -539,6 +544,18 @@ def test_train_policy_reports_on_what_it_holds_out_and_writes_a_policy(
     with pytest.raises(SystemExit) as left:  # it was a traceback of numpy's
         cli.main([*command, "--output", out, "--seed", "-1"])
     assert left.value.code == 2
+
+
+def test_a_trace_too_short_for_a_report_is_trained_on_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of three data sets of 170 tokens are less than a training needs; all three are enough."""
+    command = training_on(170, tmp_path / "x.npz")
+    assert cli.main([*command, "--output", str(tmp_path / "mine.txt"), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {"rows": []}
+    assert "x: too little is left to report on b, held out" in shown.err
+    read_policy(tmp_path / "mine.txt")
 
 
 def test_data_sets_can_be_kept_out_of_the_training() -> None:
