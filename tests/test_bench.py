@@ -183,7 +183,7 @@ def test_a_missing_file_of_prompts_is_an_error(tmp_path: Path):
 
 
 def tiny_bench(folder: Path, context: int) -> tuple[Bench, TokenText]:
-    run = RunConfig("4G", "lfu", "buffered", context)
+    run = RunConfig("8G", "lfu", "buffered", context)
     model = open_model(folder)
     plan = plan_model(model, run)
     bench = Bench("tiny", model, plan, load_engine(model, plan, run))

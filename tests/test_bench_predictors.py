@@ -28,7 +28,7 @@ def test_guesses_are_held_against_the_misses_of_a_cache() -> None:
 
 
 def report(tiny_model: Path, capsys: pytest.CaptureFixture[str], *options: str):  # type: ignore[no-untyped-def]
-    main(["--model", str(tiny_model), "--ram-budget", "4G", "--tokens", "6", "--warm", "3", *options])
+    main(["--model", str(tiny_model), "--ram-budget", "8G", "--tokens", "6", "--warm", "3", *options])
     *table, last = capsys.readouterr().out.splitlines()
     return table, json.loads(last)
 

@@ -318,7 +318,7 @@ def live(tiny_model: Path, tmp_path: Path) -> list[str]:
     ]
     prompts.write_text("\n".join(map(json.dumps, lines)), "utf-8")
     options = ["--context", "256", "--generate", "6", "--repeat", "2", "--quiet"]
-    return ["--model", str(tiny_model), "--ram-budget", "4G", "--prompts", str(prompts), *options]
+    return ["--model", str(tiny_model), "--ram-budget", "8G", "--prompts", str(prompts), *options]
 
 
 def test_live_all_policies_give_the_same_tokens(live: list[str], capsys: pytest.CaptureFixture[str]):
@@ -377,7 +377,7 @@ def test_live_tokens_that_depend_on_the_policy_are_an_error(
 def test_live_under_an_unknown_policy_keeps_the_one_there_is(tiny_model: Path):
     from flashmoe import LLM
 
-    with LLM(tiny_model, ram_budget="4G", context=64) as llm:
+    with LLM(tiny_model, ram_budget="8G", context=64) as llm:
         with pytest.raises(FlashMoEError, match="unknown policy 'best'"):
             llm.use_policy("best")
         llm.use_policy("fifo")

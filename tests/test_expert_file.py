@@ -220,7 +220,7 @@ def test_check_reads_finds_the_flipped_byte_and_a_run_without_it_goes_on(
         flip(
             shard_of(packed), info.offset + info.nbytes - 1
         )  # of the padding, so that the weights stay sound
-    command = ["run", "--model", str(packed), "--ram-budget", "2G", "--prompt", "x", "--max-tokens", "2"]
+    command = ["run", "--model", str(packed), "--ram-budget", "8G", "--prompt", "x", "--max-tokens", "2"]
     assert main(command) == 0
     capsys.readouterr()
     assert main([*command, "--check-reads"]) == 1

@@ -616,7 +616,7 @@ def texts(tmp_path: Path) -> Path:
 
 
 def trace_command(model: Path, text: Path, output: Path, *options: str) -> list[str]:
-    needed = ["--model", str(model), "--ram-budget", "4G", "--text", str(text), "--output", str(output)]
+    needed = ["--model", str(model), "--ram-budget", "8G", "--text", str(text), "--output", str(output)]
     return ["trace", *needed, *options]
 
 
