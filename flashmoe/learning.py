@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from cache_policies.routing_trace import RoutingTrace, join_traces
 from flashmoe.errors import PolicyError, TraceError
-from storage.safetensors_writer import new_file
+from storage.safetensors_writer import write_whole
 from storage.storage_errors import StorageError
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def improve(folder: Path, jobs: int = 1) -> dict[str, object]:
     fifth of them, which it did not see. Returns, and leaves in the folder, a report."""
     from flashmoe.policy_file import shipped_policy
     from flashmoe.trace import load_trace
-    from flashmoe.train_policy import Fold, TrainOptions, evaluate, train_policy
+    from flashmoe.train_policy import TrainOptions, mean_hit_rate, train_policy, write_policy
 
     parts: list[RoutingTrace] = []
     for path in sorted((folder / TRACES_NAME).glob("*.npz")):
@@ -184,19 +184,19 @@ def improve(folder: Path, jobs: int = 1) -> dict[str, object]:
         parts.pop(0)  # the oldest; a training must not take the memory of the chat that goes on beside it
     trace = join_traces(parts, "own chats")
     cut = max(1, round(0.8 * len(trace)))
-    fold = Fold("last fifth", trace.rows(0, cut), trace.rows(cut, len(trace)))
+    unseen = trace.rows(cut, len(trace))
     own = own_policy(folder)
     current = shipped_policy() if own is None else own.read_text("ascii")
     options = TrainOptions(jobs=jobs)
-    candidate = train_policy([fold.train], options)
-    rates = [_mean([row.learned for row in evaluate(text, fold, jobs=jobs)]) for text in (current, candidate)]
+    candidate = train_policy([trace.rows(0, cut)], options)
+    rates = [mean_hit_rate(text, unseen, jobs) for text in (current, candidate)]
     better = rates[1] > rates[0]
     if better:
-        _write(folder / POLICY_NAME, train_policy([trace], options))
+        write_policy(folder / POLICY_NAME, train_policy([trace], options))
     report: dict[str, object] = {
         "tokens": len(trace), "hit_rate_before": rates[0], "hit_rate_trained": rates[1], "kept": better,
     }  # fmt: skip
-    _write(folder / REPORT_NAME, json.dumps(report) + "\n")
+    write_whole(folder / REPORT_NAME, f"{json.dumps(report)}\n".encode())
     return report
 
 
@@ -215,16 +215,6 @@ def _score_bytes(trace: RoutingTrace) -> int:
 def _tokens(path: Path) -> int:
     count = path.stem.rpartition("-")[2]
     return int(count) if count.isdigit() else 0
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _write(path: Path, text: str) -> None:
-    content = text.encode("ascii")
-    with new_file(path, len(content)) as file:
-        file.write(content)
 
 
 def main(folder: Path, train: Callable[[Path], object] = improve) -> None:

@@ -47,7 +47,7 @@ from storage.expert_file import (
 from storage.expert_reader import Extent, SlotReader, open_reader, plan_read
 from storage.pack_journal import FinishedShard, PackJournal, Sums, open_journal
 from storage.safetensors_header import read_header
-from storage.safetensors_writer import header_bytes, new_file, write_index, write_safetensors
+from storage.safetensors_writer import header_bytes, write_index, write_safetensors, write_whole
 from storage.shard_file import open_shard, read_exactly
 from storage.storage_errors import StorageError
 
@@ -147,7 +147,7 @@ def pack(folder: Path, output: Path, options: PackOptions, progress: Progress | 
         write_index(output, {name: [t.spec for t in tensors] for name, tensors in plan.shards.items()})
         files[INDEX_NAME] = checksum((output / INDEX_NAME).read_bytes())
         manifest = _manifest(model, plan, source, options, journal, files)
-        write_manifest(output, manifest, _write_whole)
+        write_manifest(output, manifest, write_whole)
         journal.remove()
     return PackReport(
         manifest=manifest,
@@ -481,13 +481,8 @@ def _copy(source: Path, target: Path) -> str:
         content = source.read_bytes()
     except OSError as error:
         raise StorageError(f"{source} cannot be read: {error.strerror}") from error
-    _write_whole(target, content)
+    write_whole(target, content)
     return checksum(content)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    with new_file(path, len(content)) as file:
-        file.write(content)
 
 
 def _manifest(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashmoe.compare import CEILING, FLOOR, CompareRow
-from storage.safetensors_writer import new_file
+from storage.safetensors_writer import write_whole
 
 SUFFIXES = (".png", ".svg")
 # Okabe and Ito's colours, which colour-blind people tell apart, without the yellow that white paper swallows.
@@ -101,8 +101,7 @@ def write_plot(path: Path, panels: Sequence[Panels]) -> None:
     drawn = io.BytesIO()
     suffix = path.suffix.lower().removeprefix(".")
     figure.savefig(drawn, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
-    with new_file(path, len(drawn.getvalue())) as file:
-        file.write(drawn.getvalue())
+    write_whole(path, drawn.getvalue())
 
 
 def _series(rows: Sequence[CompareRow], policy: str) -> Series:

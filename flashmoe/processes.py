@@ -1,6 +1,7 @@
 """The same function for many arguments, in processes of their own."""
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,6 +32,30 @@ def run_side_by_side(
             raise FlashMoEError("a process was killed, for want of memory perhaps; try --jobs 1") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def run_in_order(
+    function: Callable[..., Any],
+    cells: Sequence[tuple[Any, ...]],
+    jobs: int | None,
+    progress: Callable[[str, int, int], None] | None = None,
+    what: str = "",
+) -> list[Any]:
+    """[function(*cell)], in order, in as many processes as there are cores."""
+    jobs = min(jobs or os.cpu_count() or 1, len(cells))
+    results: dict[int, Any] = {}
+
+    def done(number: int, result: Any) -> None:
+        results[number] = result
+        if progress is not None:
+            progress(what, len(results), len(cells))
+
+    if jobs == 1:
+        for number, cell in enumerate(cells):
+            done(number, function(*cell))
+    else:
+        run_side_by_side(function, cells, jobs, done)
+    return [results[number] for number in range(len(cells))]
 
 
 def _leave_quietly_on_interrupt() -> None:

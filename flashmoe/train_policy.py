@@ -23,8 +23,8 @@ from cache_policies.routing_trace import RoutingTrace
 from flashmoe.errors import PolicyError
 from flashmoe.policies import check_learned_size
 from flashmoe.policy_file import MOST_NODES, parse_policy
-from flashmoe.processes import run_side_by_side
-from storage.safetensors_writer import new_file
+from flashmoe.processes import run_in_order
+from storage.safetensors_writer import write_whole
 
 # Slots of a layer as shares of its experts, that every training and report goes through.
 CAPACITY_SHARES = (0.1875, 0.25, 0.3125, 0.375, 0.5)
@@ -156,10 +156,10 @@ def evaluate(
 ) -> list[HeldOutRow]:
     """Replay the fold's test sequences under the trained policy and those that it is compared with."""
     trace = fold.test
-    capacities = sorted({max(trace.top_k, round(share * trace.num_experts)) for share in shares})
+    capacities = _capacities(trace, shares)
     names = (LRU.name, *SIMPLE_POLICIES, Learned.name, Belady.name)
     cells = [(trace, name, capacity, text) for capacity in capacities for name in names]
-    rates = iter(_in_processes(_hit_rate, cells, jobs))
+    rates = iter(run_in_order(_hit_rate, cells, jobs))
     rows = []
     for capacity in capacities:
         lru, *simple, learned, belady = (next(rates) for _ in names)
@@ -168,6 +168,17 @@ def evaluate(
             HeldOutRow(fold.name, capacity, lru, simple[best], SIMPLE_POLICIES[best], learned, belady)
         )
     return rows
+
+
+def mean_hit_rate(text: str, trace: RoutingTrace, jobs: int | None = None) -> float:
+    """Of a policy file's text alone, over CAPACITY_SHARES of a layer's experts."""
+    cells = [(trace, Learned.name, capacity, text) for capacity in _capacities(trace, CAPACITY_SHARES)]
+    rates: list[float] = run_in_order(_hit_rate, cells, jobs)
+    return sum(rates) / len(rates)
+
+
+def _capacities(trace: RoutingTrace, shares: Sequence[float]) -> list[int]:
+    return sorted({max(trace.top_k, round(share * trace.num_experts)) for share in shares})
 
 
 def _hit_rate(trace: RoutingTrace, name: str, capacity: int, text: str) -> float:
@@ -199,7 +210,7 @@ def _collect(
                 rows = options.rows / len(CAPACITY_SHARES)
                 seed = options.seed + 1000 * number + 10 * index + place
                 cells.append((chosen, capacity, text, rows, seed))
-    parts = _in_processes(_samples, cells, options.jobs, progress, f"sampling, round {number + 1}")
+    parts = run_in_order(_samples, cells, options.jobs, progress, f"sampling, round {number + 1}")
     return join(parts)
 
 
@@ -210,7 +221,8 @@ def _samples(trace: RoutingTrace, capacity: int, text: str | None, rows: float, 
     policy = make_policy("lfu-aged", geometry) if text is None else observer
     # About this many decisions: one event in two lacks something, and lets one of `capacity` go.
     share = min(1.0, rows / (0.5 * len(trace) * trace.layers * capacity))
-    with_scores = bool(seed % 2)  # half of the samples as of traces that lack the router's scores
+    # For three of the five capacities the samples are as of traces that lack the router's scores.
+    with_scores = bool(seed % 2)
     return sample_decisions(trace, policy, observer, geometry, share, seed, with_scores)
 
 
@@ -237,32 +249,6 @@ def _fit(samples: DecisionSamples, options: TrainOptions) -> str:
     return text.split("end of trees")[0] + "end of trees\n"
 
 
-def _in_processes(
-    function: Callable[..., Any],
-    cells: Sequence[tuple[Any, ...]],
-    jobs: int | None,
-    progress: Progress | None = None,
-    what: str = "",
-) -> list[Any]:
-    """[function(*cell)], in order, in as many processes as there are cores."""
-    jobs = min(jobs or os.cpu_count() or 1, len(cells))
-    results: dict[int, Any] = {}
-
-    def done(number: int, result: Any) -> None:
-        results[number] = result
-        if progress is not None:
-            progress(what, len(results), len(cells))
-
-    if jobs == 1:
-        for number, cell in enumerate(cells):
-            done(number, function(*cell))
-    else:
-        run_side_by_side(function, cells, jobs, done)
-    return [results[number] for number in range(len(cells))]
-
-
 def write_policy(path: Path, text: str) -> None:
     """All of it or nothing. Raises StorageError."""
-    content = text.encode("ascii")
-    with new_file(path, len(content)) as file:
-        file.write(content)
+    write_whole(path, text.encode("ascii"))

@@ -40,8 +40,9 @@ from cache_policies.policy import CachePolicy, Geometry
 from cache_policies.replay import replay
 from cache_policies.routing_trace import RoutingTrace
 from flashmoe.policy_file import read_policy, shipped_policy
+from flashmoe.processes import run_in_order
 from flashmoe.trace import load_trace
-from flashmoe.train_policy import Fold, TrainOptions, _in_processes, evaluate, folds_of, train_policy
+from flashmoe.train_policy import Fold, TrainOptions, evaluate, folds_of, train_policy
 
 COLUMNS = ("lru", "best simple", "paper", "lrb", "lrb warm", "learned", "belady")
 CAPACITY_SHARES = (3 / 16, 1 / 4, 3 / 8, 1 / 2)  # of a layer's experts
@@ -62,7 +63,7 @@ def train_paper(trace: RoutingTrace, options: argparse.Namespace) -> PaperWeight
     layers = [replace(trace, experts=trace.experts[:, [i]], weights=None, scores=None)
               for i in range(trace.layers)]  # fmt: skip
     cells = [(layer, options.seed, options.epochs, options.rows) for layer in layers]
-    parts = _in_processes(_train_layer, cells, options.jobs)
+    parts = run_in_order(_train_layer, cells, options.jobs)
     return PaperWeights(
         tuple(np.concatenate(same) for same in zip(*(part.matrices for part in parts), strict=True)),
         tuple(np.concatenate(same) for same in zip(*(part.biases for part in parts), strict=True)),
@@ -103,7 +104,7 @@ def compare(
     test, watched = fold.test, fold.train.rows(0, min(options.rows, len(fold.train)))
     contenders = (None, weights), (None, options.seed), (watched, options.seed)
     cells = [(test, capacity, *each) for capacity in options.capacities for each in contenders]
-    rates = iter(_in_processes(hit_rate, cells, options.jobs))
+    rates = iter(run_in_order(hit_rate, cells, options.jobs))
     rows = []
     for ours in evaluate(text, fold, [c / test.num_experts for c in options.capacities], options.jobs):
         papers = [next(rates) for _ in contenders]

@@ -14,7 +14,7 @@ from typing import Any, Self
 from storage import host
 from storage.expert_file import JOURNAL_NAME, MANIFEST_NAME
 from storage.safetensors_header import load_json
-from storage.safetensors_writer import new_file
+from storage.safetensors_writer import write_whole
 from storage.storage_errors import CheckpointError, StorageError
 
 Sums = tuple[float, float]  # of squared errors, of squares
@@ -74,8 +74,7 @@ class PackJournal:
     def _write(self) -> None:
         shards = {name: asdict(shard) for name, shard in self.shards.items()}
         text = json.dumps({"job": self.job, "shards": shards}).encode()
-        with new_file(self.folder / JOURNAL_NAME, len(text)) as file:
-            file.write(text)
+        write_whole(self.folder / JOURNAL_NAME, text)
 
 
 def open_journal(folder: Path, job: Mapping[str, str]) -> PackJournal:

@@ -64,6 +64,12 @@ def write_safetensors(
             _write_tensor(file, spec, chunks)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """One small file, there whole or not at all; an existing one is replaced. Raises StorageError."""
+    with new_file(path, len(content)) as file:
+        file.write(content)
+
+
 def write_sharded(
     folder: Path,
     tensors: Sequence[TensorSpec],

@@ -199,7 +199,6 @@ def test_a_training_keeps_only_what_hits_more_on_what_it_did_not_see(
     store(trace.rows(600, len(trace)), tmp_path / "traces", "2")
     (tmp_path / "traces" / "3-10.npz").write_bytes(b"half a file")
     monkeypatch.setattr(train_policy, "CAPACITY_SHARES", (0.25,))
-    monkeypatch.setattr(train_policy.evaluate, "__defaults__", ((0.25,), None))
     quick = replace(train_policy.TrainOptions(), rounds=0, rows=20_000)
     monkeypatch.setattr(train_policy, "TrainOptions", lambda jobs: replace(quick, jobs=jobs))
 
