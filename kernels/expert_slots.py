@@ -1,18 +1,19 @@
-"""How an expert lies in a GPU slot, format by format, and packers in plain torch: what the Triton kernels agree on.
+"""How an expert lies in a GPU slot, format by format, and packers in plain torch: what the kernels agree on.
 
-An expert is gate and up [F, D] and down [D, F]. A slot is `slot_bytes` long and begins at a multiple of 16 bytes.
+An expert is gate and up [F, D] and down [D, F]. A slot has `slot_bytes`, from a multiple of 16 bytes.
 
     f32, f16, bf16  gate, up, down, row-major, one behind the other: a checkpoint's bytes
-    int8, int4      the CPU library's packed tiles (docs/kernels.md, "Packed tiles"): gate tile 0, up tile 0, ..., down
-    fp8             e4m3 bytes, row-major: gate, up, down; then fp32 scales of 128 x 128 blocks, row-major, of each:
+    int8, int4      the CPU library's packed tiles (docs/kernels.md): gate tile 0, up tile 0, ..., down
+    fp8             e4m3 bytes, row-major: gate, up, down; then fp32 scales of 128 x 128 blocks, row-major:
                     gate and up [ceil(F / 128), ceil(D / 128)], down [ceil(D / 128), ceil(F / 128)]
                     weight = value * scale (DeepSeek's weight_scale_inv); D and F are multiples of 16
-    mxfp4           e2m1 nibbles, row-major, the lower column in the low nibble: gate, up, down, each [rows, columns / 2];
-                    then e8m0 bytes of groups of 32 columns: gate and up [F, D / 32], down [D, F / 32]
-                    weight = value * 2 ** (byte - 127) (OCP Microscaling 1.0); D and F are multiples of 32
+    mxfp4           e2m1 nibbles, row-major, the lower column in the low nibble: gate, up, down, each
+                    [rows, columns / 2]; then e8m0 bytes of groups of 32 columns: gate and up [F, D / 32],
+                    down [D, F / 32]; D and F are multiples of 32
+                    weight = value * 2 ** (byte - 127) (OCP Microscaling 1.0)
 
-fp8 and mxfp4 scales begin at the next multiple of 16 bytes behind the data, those of the three without gaps. The packers
-round to nearest; they are for tests and benchmarks: `flashmoe pack` searches better scales.
+fp8 and mxfp4 scales begin at the next multiple of 16 bytes behind the data, those of the three without gaps.
+The packers round to nearest; they are for tests and benchmarks: `flashmoe pack` searches better scales.
 """
 
 from typing import Final, NamedTuple
@@ -34,7 +35,7 @@ E4M3_LARGEST: Final = 448.0
 
 
 class SlotLayout(NamedTuple):
-    """Offsets in bytes. Tiles: tile i of gate is at gate + 2 i up_tile. *_scales: of fp8 and mxfp4, else 0."""
+    """Offsets in bytes. Tiles: tile i of gate lies at 2 i tiles, of up one further. Scales: fp8, mxfp4."""
 
     gate: int
     up: int
@@ -175,7 +176,7 @@ def _unpack_tiles(tiles: Tensor, format: str, rows: int, columns: int) -> Tensor
     if format == "int4":
         code = (
             torch.stack([lines & 15, lines >> 4], 4).int() - 8
-        )  # [tile, sb, group, line, nibble, row, byte]
+        )  # [tile, block, group, line, nibble, row, byte]
     else:
         code = lines[:, :, :, :, None].int() - 128
     groups = code.permute(0, 5, 1, 2, 3, 4, 6).reshape(len(tiles), TILE_ROWS, -1, 2, GROUP)

@@ -1,0 +1,629 @@
+"""Decoding 1 to 4 tokens on a GPU: dense products, rotary embedding, router, experts. Triton kernels.
+
+Every call launches its kernels on the current stream and does nothing else: no allocation, no
+synchronisation, so that CUDA graphs can hold them. Residual stream and activations are fp32 in memory. int4
+and int8 weights meet int8 activations, rounded as the CPU library rounds them, or with exact=True fp32 ones.
+No atomics on data: a result does not depend on the order in which programs run.
+
+On compute capability 9.0 and later kernels are launched programmatically dependent: one starts while the one
+before it ends, and reads its weights before it waits for it.
+
+Not covered: biases of experts, more than 16,384 columns (a program holds a row's activations in registers).
+Axis letters: T tokens, D hidden, F expert width, E experts, K experts a token, H query heads, G KV heads, d
+head size.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-return"
+
+from functools import cache
+from typing import Any, Final, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import expert_slots
+from kernels.triton_gemv import (
+    INTERPRETED,
+    e2m1,
+    e4m3_rows,
+    e8m0,
+    load_columns,
+    load_rows,
+    load_tiles,
+    pack_bytes,
+    quantise,
+    quantised_lines,
+    rms_scale,
+    stored_lines,
+    tiles_times_floats,
+    tiles_times_lines,
+    wait_for_inputs,
+)
+
+MOST_TOKENS: Final = 4
+MOST_COLUMNS: Final = 16384
+ACTIVATIONS: Final = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "swiglu_clamped")
+ELEMENTS: Final = {"bf16": tl.bfloat16, "f16": tl.float16, "f32": tl.float32}
+
+
+class GpuMatrix(NamedTuple):
+    """A dense weight [rows, columns] on the device.
+
+    data uint8: rows for "bf16", "f16" and "f32", the CPU library's packed tiles for "int8" and "int4".
+    """
+
+    data: Tensor
+    format: str
+    rows: int
+    columns: int
+
+
+# ---- dense
+----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _finish(y, out, rows, row, t: tl.constexpr, bias, BIAS: tl.constexpr, RESIDUAL: tl.constexpr):
+    """out[t, row] = or += y + bias."""
+    inside = row < rows
+    if BIAS:
+        y += tl.load(bias + row, mask=inside, other=0.0)
+    if RESIDUAL:
+        y += tl.load(out + t * rows + row, mask=inside, other=0.0)
+    tl.store(out + t * rows + row, y, mask=inside)
+
+
+@triton.jit
+def _linear_tiles(
+    x, base, out, norm, bias, eps, rows, COLUMNS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, L:
+    tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL:
+    tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """R tiles a program."""
+    LINES: tl.constexpr = (COLUMNS + 63) // 64 * 2 * BITS
+    first = tl.program_id(0) * R
+    words, scales = load_tiles(base, first, (rows + 15) // 16, LINES, L, BITS, R)
+    wait_for_inputs(PDL)
+    row = first * 16 + tl.arange(0, 16 * R)
+    for t in tl.static_range(T):
+        of_token = x + t * COLUMNS
+        scale = rms_scale(of_token, COLUMNS, C, eps) if NORM else 1.0
+        if EXACT:
+            y = tiles_times_floats(words, scales, of_token, norm, scale, COLUMNS, R, L, BITS, NORM)
+        else:
+            low, high, x_scales = quantised_lines(of_token, norm, scale, COLUMNS, L, BITS, NORM)
+            y = tiles_times_lines(words, scales, low, high, x_scales, R, L, BITS)
+        _finish(tl.reshape(y, (16 * R,)), out, rows, row, t, bias, BIAS, RESIDUAL)
+
+
+@triton.jit
+def _linear_rows(
+    x, base, out, norm, bias, eps, rows, COLUMNS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C:
+    tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """R rows a program."""
+    first = tl.program_id(0) * R
+    weights = load_rows(base, first, rows, COLUMNS, C, R)
+    wait_for_inputs(PDL)
+    row = first + tl.arange(0, R)
+    c = tl.arange(0, C)
+    for t in tl.static_range(T):
+        of_token = x + t * COLUMNS
+        scale = rms_scale(of_token, COLUMNS, C, eps) if NORM else 1.0
+        v = load_columns(of_token, norm, scale, c, c < COLUMNS, NORM)
+        _finish(tl.sum(weights.to(tl.float32) * v[None, :], axis=1), out, rows, row, t, bias, BIAS, RESIDUAL)
+
+
+def linear(
+    x: Tensor,
+    weight: GpuMatrix,
+    out: Tensor,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    bias: Tensor | None = None,
+    residual: bool = False,
+    exact: bool = False,
+) -> None:
+    """out [T, rows] = (with residual: +=) norm(x) W^T + bias.
+
+    x [T, columns], out, norm [columns] (of an RMS norm; None: x as it is) and bias [rows] fp32, contiguous.
+    """
+    tokens, columns = x.shape
+    assert tokens <= MOST_TOKENS and columns == weight.columns <= MOST_COLUMNS
+    assert out.shape == (tokens, weight.rows) and x.is_contiguous() and out.is_contiguous()
+    flags = {"NORM": norm is not None, "BIAS": bias is not None, "RESIDUAL": residual}
+    arguments = (out, x if norm is None else norm, x if bias is None else bias, eps, weight.rows)
+    padded = triton.next_power_of_2(columns)
+    if weight.format in expert_slots.BITS:
+        lines, warps = _tile_shape(weight.format, columns)
+        tiles = 1
+        grid = (triton.cdiv(triton.cdiv(weight.rows, 16), tiles),)
+        _linear_tiles[grid](
+            x, weight.data, *arguments, COLUMNS=columns, T=tokens, R=tiles, L=lines, C=padded,
+            BITS=expert_slots.BITS[weight.format], EXACT=exact, num_warps=warps, **flags, **_launch(x.device),
+        )  # fmt: skip
+    else:
+        warps, rows = _row_shape(padded)
+        _linear_rows[(triton.cdiv(weight.rows, rows),)](
+            x, weight.data.view(expert_slots.FLOATS[weight.format]), *arguments, COLUMNS=columns, T=tokens,
+            R=rows, C=padded, num_warps=warps, **flags, **_launch(x.device),
+        )  # fmt: skip
+
+
+# ---- attention's surroundings
+-----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rope_and_store(
+    qkv, cos, sin, position, keys, values, q_out, q_norm, k_norm, eps, clip, H: tl.constexpr, G: tl.constexpr,
+    d: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr, QK_NORM: tl.constexpr, CLIP: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One head of one token a program: query heads, then keys, then values."""
+    wait_for_inputs(PDL)
+    t, head = tl.program_id(0), tl.program_id(1)
+    place = tl.load(position) + t
+    of_token = qkv + t * (H + 2 * G) * d
+    i = tl.arange(0, BLOCK)
+    inside = i < d
+    x = of_token + head * d
+    cached = place.to(tl.int64) * G * d + i
+    if head >= H + G:
+        v = tl.load(x + i, mask=inside, other=0.0)
+        if CLIP:
+            v = tl.minimum(tl.maximum(v, -clip), clip)
+        tl.store(values + cached + (head - H - G) * d, v.to(values.dtype.element_ty), mask=inside)
+    else:
+        is_key = head >= H
+        partner = tl.where(i < d // 2, i + d // 2, i - d // 2)
+        v = tl.load(x + i, mask=inside, other=0.0)
+        other = tl.load(x + partner, mask=inside, other=0.0)
+        if QK_NORM == "full":
+            heads = tl.where(is_key, G, H)
+            start = of_token + tl.where(is_key, H * d, 0)
+            j = tl.arange(0, FULL)
+            every = tl.load(start + j, mask=j < heads * d, other=0.0)
+            scale = tl.div_rn(
+                1.0, tl.sqrt_rn(tl.div_rn(tl.sum(every * every), (heads * d).to(tl.float32)) + eps)
+            )
+            weight = (k_norm + (head - H) * d) if is_key else (q_norm + head * d)
+            v = v * scale * tl.load(weight + i, mask=inside, other=0.0)
+            other = other * scale * tl.load(weight + partner, mask=inside, other=0.0)
+        if CLIP:
+            v = tl.minimum(tl.maximum(v, -clip), clip)
+            other = tl.minimum(tl.maximum(other, -clip), clip)
+        if QK_NORM == "head":
+            scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(v * v) / d + eps))
+            weight = k_norm if is_key else q_norm
+            v = v * scale * tl.load(weight + i, mask=inside, other=0.0)
+            other = other * scale * tl.load(weight + partner, mask=inside, other=0.0)
+        angle = place.to(tl.int64) * d + i
+        c = tl.load(cos + angle, mask=inside, other=0.0)
+        s = tl.load(sin + angle, mask=inside, other=0.0)
+        rotated = v * c + tl.where(i < d // 2, -other, other) * s
+        if is_key:
+            tl.store(keys + cached + (head - H) * d, rotated.to(keys.dtype.element_ty), mask=inside)
+        else:
+            tl.store(q_out + (t * H + head) * d + i, rotated.to(q_out.dtype.element_ty), mask=inside)
+
+
+def rope_and_store(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    q_out: Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    qk_norm: str = "none",
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    clip: float = 0.0,
+) -> None:
+    """Norm, clip and rotate queries and keys; queries into q_out, keys and values into the cache.
+
+    qkv [T, (H + 2 G) d] fp32; cos, sin [context, d] fp32; position int32 [1] on the device, that of token 0;
+    keys, values [context, G, d] and q_out [T, H, d] of any one float type. qk_norm: "none", "head" (q_norm,
+    k_norm [d]; after clipping) or "full" ([H d], [G d]; before). clip 0: none. Halves are paired as in
+    Hugging Face checkpoints.
+    """
+    tokens = len(qkv)
+    assert qkv.shape == (tokens, (heads + 2 * kv_heads) * head_dim) and qkv.is_contiguous()
+    assert qk_norm in ("none", "head", "full")
+    block = triton.next_power_of_2(head_dim)
+    _rope_and_store[(tokens, heads + 2 * kv_heads)](
+        qkv, cos, sin, position, keys, values, q_out, qkv if q_norm is None else q_norm,
+        qkv if k_norm is None else k_norm, eps, clip, H=heads, G=kv_heads, d=head_dim, BLOCK=block,
+        FULL=triton.next_power_of_2(heads * head_dim), QK_NORM=qk_norm, CLIP=clip > 0,
+        num_warps=4 if qk_norm == "full" else 1, **_launch(qkv.device),
+    )  # fmt: skip
+
+
+# ---- router
+-----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _router_logits(
+    x, norm, eps, router, h_out, probabilities, E: tl.constexpr, D: tl.constexpr, T: tl.constexpr, R:
+    tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """R experts a program; the first one stores the normed x."""
+    first = tl.program_id(0) * R
+    weights = load_rows(router, first, E, D, C, R)
+    wait_for_inputs(PDL)
+    c = tl.arange(0, C)
+    for t in tl.static_range(T):
+        of_token = x + t * D
+        scale = rms_scale(of_token, D, C, eps)
+        v = load_columns(of_token, norm, scale, c, c < D, True)
+        if tl.program_id(0) == 0:
+            tl.store(h_out + t * D + c, v, mask=c < D)
+        row = first + tl.arange(0, R)
+        tl.store(probabilities + t * E + row, tl.sum(weights * v[None, :], axis=1), mask=row < E)
+
+
+@triton.jit
+def _choose_experts(
+    probabilities, ids, weights, table, slots, missed, layer, E: tl.constexpr, K: tl.constexpr, P:
+    tl.constexpr, NORMALISE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token a program: softmax, then each expert's rank among all."""
+    wait_for_inputs(PDL)
+    t = tl.program_id(0)
+    e = tl.arange(0, P)
+    logits = tl.load(probabilities + t * E + e, mask=e < E, other=-1e30)
+    raised = tl.exp(logits - tl.max(logits))
+    p = tl.div_rn(raised, tl.sum(raised) + tl.zeros((P,), tl.float32))
+    tl.store(probabilities + t * E + e, p, mask=e < E)
+    p = tl.where(e < E, p, -1.0)
+    before = (p[None, :] > p[:, None]) | ((p[None, :] == p[:, None]) & (e[None, :] < e[:, None]))
+    rank = tl.sum(before.to(tl.int32), axis=1)
+    # NaN has no order: then the first K, and whoever reads the logits reports it.
+    rank = tl.where(tl.sum((p != p).to(tl.int32)) > 0, e, rank)
+    chosen = (rank < K) & (e < E)
+    w = p
+    if NORMALISE:
+        w = tl.div_rn(p, tl.sum(tl.where(chosen, p, 0.0)) + tl.zeros((P,), tl.float32))
+    place = t * K + rank
+    slot = tl.load(table + e, mask=chosen, other=0)
+    tl.store(ids + place, e, mask=chosen)
+    tl.store(weights + place, w, mask=chosen)
+    tl.store(slots + place, slot, mask=chosen)
+    if tl.min(slot) < 0:
+        tl.atomic_min(missed, layer)
+
+
+def route(
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    router: Tensor,
+    normalise: bool,
+    table: Tensor,
+    h_out: Tensor,
+    probabilities: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    slots: Tensor,
+    missed: Tensor,
+    layer: int,
+) -> None:
+    """The router of one layer and the norm before it, in fp32.
+
+    x [T, D] fp32, norm [D], router [E, D] fp32, table int32 [E]: each expert's slot, -1 for one that is
+    absent. Writes h_out [T, D], probabilities [T, E], and likeliest first (the lower id where two are equal)
+    ids int32 [T, K], weights [T, K] (normalise: summing to 1) and slots int32 [T, K]. missed int32 [1] =
+    min(missed, layer) if one is absent.
+    """
+    tokens, hidden = x.shape
+    experts, top_k = len(router), ids.shape[1]
+    assert tokens <= MOST_TOKENS and hidden <= MOST_COLUMNS and router.is_contiguous()
+    padded = triton.next_power_of_2(hidden)
+    warps, rows = _row_shape(padded)
+    rows = 1
+    options = _launch(x.device)
+    _router_logits[(triton.cdiv(experts, rows),)](
+        x, norm, eps, router, h_out, probabilities, E=experts, D=hidden, T=tokens, R=rows, C=padded,
+        num_warps=warps, **options,
+    )  # fmt: skip
+    _choose_experts[(tokens,)](
+        probabilities, ids, weights, table, slots, missed, layer, E=experts, K=top_k,
+        P=max(2, triton.next_power_of_2(experts)), NORMALISE=normalise, num_warps=4, **options,
+    )  # fmt: skip
+
+
+# ---- experts
+------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 88.0)))
+
+
+@triton.jit
+def _activate(gate, up, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        return gate * _sigmoid(gate) * up
+    elif ACTIVATION == "gelu":
+        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865475)) * up
+    elif ACTIVATION == "gelu_pytorch_tanh":
+        return gate * _sigmoid(1.5957691216 * (gate + 0.044715 * gate * gate * gate)) * up
+    elif ACTIVATION == "relu":
+        return tl.maximum(gate, 0.0) * up
+    else:  # swiglu_clamped, gpt-oss's
+        gate = tl.minimum(gate, 7.0)
+        up = tl.minimum(tl.maximum(up, -7.0), 7.0)
+        return (up + 1.0) * (gate * _sigmoid(1.702 * gate))
+
+
+@triton.jit
+def _up_tiles(
+    x, slots, arena, stride, h, h_scales, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+    BITS: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """32 rows of gate and up of one pair a program: a group of its hidden activations, ready for down."""
+    wait_for_inputs(PDL)
+    pair, group = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(slots + pair)
+    if slot >= 0:
+        LINES: tl.constexpr = (D + 63) // 64 * 2 * BITS
+        GROUPS: tl.constexpr = (F + 63) // 64 * 2
+        base = arena + slot.to(tl.int64) * stride
+        words, scales = load_tiles(base, 4 * group, 4 * GROUPS, LINES, L, BITS, 4)
+        of_token = x + pair // K * D
+        if EXACT:
+            y = tiles_times_floats(words, scales, of_token, x, 1.0, D, 4, L, BITS, False)
+        else:
+            low, high, x_scales = quantised_lines(of_token, x, 1.0, D, L, BITS, False)
+            y = tiles_times_lines(words, scales, low, high, x_scales, 4, L, BITS)
+        gate, up = tl.split(tl.permute(tl.reshape(y, (2, 2, 16)), (0, 2, 1)))  # tiles alternate
+        hidden = tl.reshape(_activate(gate, up, ACTIVATION), (1, 32))
+        at = pair * GROUPS + group
+        if EXACT:
+            tl.store(h + at * 32 + tl.arange(0, 32)[None, :], hidden)
+        else:
+            codes, h_scale = quantise(hidden)
+            tl.store(h.to(tl.pointer_type(tl.int32)) + at * 8 + tl.arange(0, 8), pack_bytes(codes, 8))
+            tl.store(h_scales + at + tl.arange(0, 1), h_scale)
+
+
+@triton.jit
+def _down_tiles(
+    h, h_scales, slots, arena, stride, products, D: tl.constexpr, F: tl.constexpr, L: tl.constexpr, R:
+    tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """R tiles of down of one pair a program."""
+    pair, first = tl.program_id(0), tl.program_id(1) * R
+    slot = tl.load(slots + pair)  # older than the kernel before this one
+    LINES: tl.constexpr = (F + 63) // 64 * 2 * BITS
+    GROUPS: tl.constexpr = (F + 63) // 64 * 2
+    base = arena + tl.maximum(slot, 0).to(tl.int64) * stride + OFFSET
+    last = tl.where(slot >= 0, (D + 15) // 16, 0)
+    words, scales = load_tiles(base, first, last, LINES, L, BITS, R)
+    wait_for_inputs(PDL)
+    if slot >= 0:
+        if EXACT:
+            y = tiles_times_floats(
+                words, scales, h + pair * GROUPS * 32, h, 1.0, GROUPS * 32, R, L, BITS, False
+            )
+        else:
+            codes = h.to(tl.pointer_type(tl.int32)) + pair * GROUPS * 8
+            low, high, x_scales = stored_lines(codes, h_scales + pair * GROUPS, LINES, L, BITS)
+            y = tiles_times_lines(words, scales, low, high, x_scales, R, L, BITS)
+        row = first * 16 + tl.arange(0, 16 * R)
+        tl.store(products + pair * D + row, tl.reshape(y, (16 * R,)), mask=row < D)
+
+
+@triton.jit
+def _rows_times(
+    base,
+    scale_base,
+    first,
+    last,
+    x,
+    columns: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """Rows first to first + R of a matrix [last, columns] of an expert times x [columns] in memory -> [R]."""
+    if FORMAT == "mxfp4":
+        GROUPS: tl.constexpr = C // 32
+        bytes = load_rows(base, first, last, columns // 2, C // 2, R).to(tl.int32)
+        c = tl.arange(0, C // 2)
+        even = tl.load(x + 2 * c, mask=2 * c < columns, other=0.0) * 9223372036854775808.0  # 2 ** 63
+        odd = tl.load(x + 2 * c + 1, mask=2 * c < columns, other=0.0) * 9223372036854775808.0
+        sums = e2m1(bytes) * even[None, :] + e2m1(bytes >> 4) * odd[None, :]
+        sums = tl.sum(tl.reshape(sums, (R, GROUPS, 16)), axis=2)
+        scales = e8m0(load_rows(scale_base, first, last, columns // 32, GROUPS, R)) * 9223372036854775808.0
+        return tl.sum(sums * scales, axis=1)
+    else:
+        c = tl.arange(0, C)
+        v = tl.load(x + c, mask=c < columns, other=0.0)
+        if FORMAT == "fp8":
+            weights = e4m3_rows(base, first, last, columns, C, R)
+            BLOCKS: tl.constexpr = (columns + 127) // 128
+            scales = scale_base.to(tl.pointer_type(tl.float32)) + first // 128 * BLOCKS + c // 128
+            # 2 ** 120 in two steps: neither x nor a small weight may leave fp32's range.
+            v = (
+                v
+                * 1152921504606846976.0
+                * (tl.load(scales, mask=c < columns, other=0.0) * 1152921504606846976.0)
+            )
+            return tl.sum(weights * v[None, :], axis=1)
+        elif FORMAT == "bf16":
+            weights = load_rows(base.to(tl.pointer_type(tl.bfloat16)), first, last, columns, C, R)
+        elif FORMAT == "f16":
+            weights = load_rows(base.to(tl.pointer_type(tl.float16)), first, last, columns, C, R)
+        else:
+            weights = load_rows(base.to(tl.pointer_type(tl.float32)), first, last, columns, C, R)
+        return tl.sum(weights.to(tl.float32) * v[None, :], axis=1)
+
+
+@triton.jit
+def _up_rows(
+    x, slots, arena, stride, h, GATE_SCALES: tl.constexpr, UP: tl.constexpr, UP_SCALES: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, C: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr,
+    ACTIVATION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """R rows of gate and of up of one pair a program."""
+    wait_for_inputs(PDL)
+    pair, first = tl.program_id(0), tl.program_id(1) * R
+    slot = tl.load(slots + pair)
+    if slot >= 0:
+        base = arena + slot.to(tl.int64) * stride
+        of_token = x + pair // K * D
+        gate = _rows_times(base, base + GATE_SCALES, first, F, of_token, D, C, R, FORMAT)
+        up = _rows_times(base + UP, base + UP_SCALES, first, F, of_token, D, C, R, FORMAT)
+        row = first + tl.arange(0, R)
+        tl.store(h + pair * F + row, _activate(gate, up, ACTIVATION), mask=row < F)
+
+
+@triton.jit
+def _down_rows(
+    h, slots, arena, stride, products, DOWN: tl.constexpr, DOWN_SCALES: tl.constexpr, D: tl.constexpr,
+    F: tl.constexpr, C: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """R rows of down of one pair a program."""
+    wait_for_inputs(PDL)
+    pair, first = tl.program_id(0), tl.program_id(1) * R
+    slot = tl.load(slots + pair)
+    if slot >= 0:
+        base = arena + slot.to(tl.int64) * stride
+        y = _rows_times(base + DOWN, base + DOWN_SCALES, first, D, h + pair * F, F, C, R, FORMAT)
+        row = first + tl.arange(0, R)
+        tl.store(products + pair * D + row, y, mask=row < D)
+
+
+@triton.jit
+def _combine(products, weights, x, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """x[t] += sum over k, in order, of weights[t, k] products[t K + k]."""
+    wait_for_inputs(PDL)
+    t = tl.program_id(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < D
+    sum = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(K):
+        sum += tl.load(weights + t * K + k) * tl.load(products + (t * K + k) * D + at, mask=inside, other=0.0)
+    tl.store(x + t * D + at, tl.load(x + t * D + at, mask=inside, other=0.0) + sum, mask=inside)
+
+
+class ExpertDecode:
+    """The routed experts of a layer for up to `max_tokens` tokens; its workspace serves all layers in turn.
+
+    format: expert_slots.FORMATS. activation: a name of ACTIVATIONS. exact: fp32 activations for int4 and
+    int8, too. products [max_tokens * top_k, D] fp32: row t * K + k is what the k-th expert of token t gave.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        width: int,
+        format: str,
+        activation: str,
+        top_k: int,
+        max_tokens: int,
+        device: torch.device | str,
+        exact: bool = False,
+    ) -> None:
+        assert format in expert_slots.FORMATS and activation in ACTIVATIONS
+        assert max(hidden, width) <= MOST_COLUMNS
+        self.hidden, self.width, self.format, self.top_k = hidden, width, format, top_k
+        self.activation, self.exact = activation, exact
+        self._at = expert_slots.slot_layout(format, hidden, width)
+        rows = max_tokens * top_k
+        self.products = torch.zeros(rows, hidden, device=device)
+        padded = triton.cdiv(width, 64) * 64
+        # Hidden activations: int8 codes and a scale a group, or fp32.
+        self._codes = torch.zeros(rows, padded, device=device)
+        self._scales = torch.zeros(rows, padded // expert_slots.GROUP, device=device)
+        self._options = _launch(self.products.device)
+
+    def run(self, h: Tensor, slots: Tensor, arena: Tensor) -> None:
+        """products[p] = expert in slot slots[p] of h[p // K], for every place p with slots[p] >= 0.
+
+        h [T, D] fp32, slots int32 [T * K], arena uint8 [slots, stride]. Rows of skipped places stay as they
+        are.
+        """
+        pairs = slots.numel()
+        assert h.is_contiguous() and pairs == len(h) * self.top_k <= len(self.products)
+        assert arena.is_contiguous() and arena.shape[1] % 16 == 0
+        if self.format in expert_slots.BITS:
+            self._run_tiles(h, slots, arena, pairs)
+        else:
+            self._run_rows(h, slots, arena, pairs)
+
+    def combine(self, weights: Tensor, x: Tensor) -> None:
+        """x [T, D] += sum over k, in order, of weights [T, K] times products."""
+        block = 256
+        _combine[(len(x), triton.cdiv(self.hidden, block))](
+            self.products, weights, x, D=self.hidden, K=self.top_k, BLOCK=block, num_warps=2, **self._options
+        )
+
+    def _run_tiles(self, h: Tensor, slots: Tensor, arena: Tensor, pairs: int) -> None:
+        bits = expert_slots.BITS[self.format]
+        lines, warps = _tile_shape(self.format, self.hidden)
+        shared = {"D": self.hidden, "F": self.width, "BITS": bits, "EXACT": self.exact, **self._options}
+        _up_tiles[(pairs, triton.cdiv(self.width, 64) * 2)](
+            h, slots, arena, arena.stride(0), self._codes, self._scales, K=self.top_k, L=lines,
+            ACTIVATION=self.activation, num_warps=min(16, 2 * warps), **shared,
+        )  # fmt: skip
+        lines, warps = _tile_shape(self.format, self.width)
+        tiles = 1
+        _down_tiles[(pairs, triton.cdiv(triton.cdiv(self.hidden, 16), tiles))](
+            self._codes, self._scales, slots, arena, arena.stride(0), self.products, L=lines, R=tiles,
+            OFFSET=self._at.down, num_warps=warps, **shared,
+        )  # fmt: skip
+
+    def _run_rows(self, h: Tensor, slots: Tensor, arena: Tensor, pairs: int) -> None:
+        at = self._at
+        shared = {"D": self.hidden, "F": self.width, "FORMAT": self.format, **self._options}
+        padded = triton.next_power_of_2(self.hidden)
+        warps, rows = _row_shape(padded)
+        _up_rows[(pairs, triton.cdiv(self.width, rows))](
+            h, slots, arena, arena.stride(0), self._codes, GATE_SCALES=at.gate_scales, UP=at.up,
+            UP_SCALES=at.up_scales, K=self.top_k, C=padded, R=rows, ACTIVATION=self.activation,
+            num_warps=warps, **shared,
+        )  # fmt: skip
+        padded = triton.next_power_of_2(self.width)
+        warps, rows = _row_shape(padded)
+        _down_rows[(pairs, triton.cdiv(self.hidden, rows))](
+            self._codes, slots, arena, arena.stride(0), self.products, DOWN=at.down,
+            DOWN_SCALES=at.down_scales, C=padded, R=rows, num_warps=warps, **shared,
+        )  # fmt: skip
+
+
+# ---- launch configurations
+------------------------------------------------------------------------------------
+
+
+def _tile_shape(format: str, columns: int) -> tuple[int, int]:
+    """(lines of a row, a power of two; warps)."""
+    lines = triton.next_power_of_2(triton.cdiv(columns, 64) * 2 * expert_slots.BITS[format])
+    return lines, max(1, min(16, lines // 64))
+
+
+def _row_shape(columns: int) -> tuple[int, int]:
+    """(warps, rows a program) for a power of two of columns."""
+    return max(1, min(16, columns // 256)), 8
+
+
+@cache
+def _early_launch(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _launch(device: torch.device) -> dict[str, Any]:
+    early = _early_launch(device) and not INTERPRETED.value
+    return {"PDL": early, **({"launch_pdl": True} if early else {})}
