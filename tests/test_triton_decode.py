@@ -2,6 +2,7 @@
 
 Outputs are filled with NaN first, where they are not added to. Without a GPU the kernels run in Triton's
 interpreter; what only a compiler shows is in tests/test_triton_decode_compiled.py.
+"""
 
 import math
 
