@@ -17,14 +17,13 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
-    """What earlier kernels wrote is readable from here on, and the next kernel may start to load its
-    weights.""" if PDL:
+    """What earlier kernels wrote is readable from here on; the next kernel may begin with its weights."""
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
 
 
-# ---- activations
-------------------------------------------------------------------------------------------------
+# ---- activations -------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -46,8 +45,8 @@ def load_columns(x, norm, scale, at, mask, NORM: tl.constexpr):
 
 @triton.jit
 def _round(v):
-    """To the nearest integer, even where two are. On the GPU the product before must not become part of an
-    FMA.""" if INTERPRETED:
+    """To the nearest integer, even where two are. The GPU must not fuse the product before into an FMA."""
+    if INTERPRETED:
         return (v + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
     return tl.inline_asm_elementwise(
         "cvt.rni.s32.f32 $0, $1;", "=r,r", [v], dtype=tl.int32, is_pure=True, pack=1
@@ -56,11 +55,14 @@ def _round(v):
 
 @triton.jit
 def quantise(v):
-    """Groups v [G, 32] -> int8 codes in int32 [G, 32] and scales [G], as quantise_group of the CPU library
-    does.""" largest = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1) size = largest.to(tl.float32,
-    bitcast=True) finite = largest < 0x7F800000 plain = finite & (size >= 1e-30) inverse = tl.div_rn(127.0,
-    tl.where(plain, size, 1.0)) codes = tl.where(plain[:, None], _round(v * inverse[:, None]), 0) return
-    codes, tl.where(plain, tl.div_rn(size, 127.0), tl.where(finite, 0.0, float("nan")))
+    """Groups v [G, 32] -> int8 codes in int32 [G, 32] and scales [G], as the CPU library's quantise_group."""
+    largest = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    size = largest.to(tl.float32, bitcast=True)
+    finite = largest < 0x7F800000
+    plain = finite & (size >= 1e-30)
+    inverse = tl.div_rn(127.0, tl.where(plain, size, 1.0))
+    codes = tl.where(plain[:, None], _round(v * inverse[:, None]), 0)
+    return codes, tl.where(plain, tl.div_rn(size, 127.0), tl.where(finite, 0.0, float("nan")))
 
 
 @triton.jit
@@ -74,10 +76,12 @@ def pack_bytes(codes, DWORDS: tl.constexpr):
 def quantised_lines(
     x, norm, scale, columns: tl.constexpr, L: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr
 ):
-    """x [columns] as the lines of packed tiles meet it -> low, high int32 [L] (high: int4 only), scales
-    [L].""" GROUPS: tl.constexpr = L // BITS at = (32 * tl.arange(0, GROUPS))[:, None] + tl.arange(0,
-    32)[None, :] codes, scales = quantise(load_columns(x, norm, scale, at, at < columns, NORM)) dwords =
-    pack_bytes(codes, 8 * GROUPS) scales = tl.reshape(tl.broadcast_to(scales[:, None], (GROUPS, BITS)), (L,))
+    """x [columns] as lines of packed tiles meet it -> low, high int32 [L] (high: int4 only), scales [L]."""
+    GROUPS: tl.constexpr = L // BITS
+    at = (32 * tl.arange(0, GROUPS))[:, None] + tl.arange(0, 32)[None, :]
+    codes, scales = quantise(load_columns(x, norm, scale, at, at < columns, NORM))
+    dwords = pack_bytes(codes, 8 * GROUPS)
+    scales = tl.reshape(tl.broadcast_to(scales[:, None], (GROUPS, BITS)), (L,))
     if BITS == 4:
         low, high = tl.split(tl.reshape(dwords, (L, 2)))
         return low, high, scales
@@ -97,8 +101,7 @@ def stored_lines(codes, scales, LINES: tl.constexpr, L: tl.constexpr, BITS: tl.c
     return dwords, dwords, s
 
 
-# ---- packed tiles
--------------------------------------------------------------------------------------------------
+# ---- packed tiles ------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -172,8 +175,7 @@ def tiles_times_floats(
     return tl.sum(sum * scales.to(tl.float32), axis=1)
 
 
-# ---- rows
------------------------------------------------------------------------------------------------------
+# ---- rows --------------------------------------------------------------------------------------------------
 
 
 @triton.jit
