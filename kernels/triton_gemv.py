@@ -85,7 +85,8 @@ def quantised_lines(
     if BITS == 4:
         low, high = tl.split(tl.reshape(dwords, (L, 2)))
         return low, high, scales
-    return dwords, dwords, scales
+    else:
+        return dwords, dwords, scales
 
 
 @triton.jit
@@ -97,8 +98,9 @@ def stored_lines(codes, scales, LINES: tl.constexpr, L: tl.constexpr, BITS: tl.c
     if BITS == 4:
         low = tl.load(codes + 2 * line, mask=inside, other=0)
         return low, tl.load(codes + 2 * line + 1, mask=inside, other=0), s
-    dwords = tl.load(codes + line, mask=inside, other=0)
-    return dwords, dwords, s
+    else:
+        dwords = tl.load(codes + line, mask=inside, other=0)
+        return dwords, dwords, s
 
 
 # ---- packed tiles ------------------------------------------------------------------------------------------
