@@ -1,0 +1,351 @@
+"""The grouped matrix products of a prefill: every expert's tokens through its weights, wherever they lie in
+the arena.
+
+One persistent launch each for gate and up (the gather of tokens in the load, the activation in the epilogue)
+and for down (one row of products per (token, k)). What a tile is comes from records on the device
+(kernels/triton_schedule.py); no atomics: the bits do not depend on the order of programs, nor on which
+experts share a launch.
+
+`rows_*`: weights of 16 or 32 bits, row-major; through the tensor memory accelerator where there is one (TMA:
+`weights` and `h` are descriptors), else by pointers. `packed_*`: int4, int8, fp8 and mxfp4, decoded in
+registers as the A operand of the product (kernels/triton_dequant.py), so weights are on the M side and tokens
+on the N side.
+
+Axis letters: T tokens, D hidden, F expert width, P pairs (T * K). LD_X, LD_H: D and F rounded up to 64.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.triton_dequant import cast, decode
+
+GROUP_TILES = tl.constexpr(16)  # m-tiles of an expert that share its weights in the L2
+
+
+@triton.jit
+def _place(records, t, N_TILES: tl.constexpr):
+    """Tile t -> slot, m-tile, n-tile, first row, rows of the expert; all m-tiles of one expert side by
+    side.
+    """
+    record = records + (t // N_TILES) * 8
+    slot = tl.load(record).to(tl.int64)
+    first = tl.load(record + 1)
+    tiles = tl.load(record + 2)
+    local = t - first * N_TILES
+    band = local // (GROUP_TILES * N_TILES)
+    height = tl.minimum(tiles - band * GROUP_TILES, GROUP_TILES)
+    local -= band * GROUP_TILES * N_TILES
+    m_tile, n_tile = band * GROUP_TILES + local % height, local // height
+    return slot, m_tile, n_tile, tl.load(record + 3), tl.load(record + 4)
+
+
+@triton.jit
+def _sigmoid(x, INTERPRET: tl.constexpr):
+    if INTERPRET:
+        return 1.0 / (1.0 + tl.exp(-x))
+    # Two units of the special function pipe; the division that the compiler writes out is 8 instructions
+    # more.
+    return tl.inline_asm_elementwise(
+        "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000;"
+        " rcp.approx.ftz.f32 $0, t; }",
+        "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def activate(gate, up, ACTIVATION: tl.constexpr, INTERPRET: tl.constexpr):
+    """act(gate) * up in fp32, as kernels/reference.py."""
+    if ACTIVATION == "silu":
+        return gate * _sigmoid(gate, INTERPRET) * up
+    elif ACTIVATION == "gelu":
+        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
+    elif ACTIVATION == "gelu_pytorch_tanh":  # (1 + tanh z) / 2 = sigmoid(2 z)
+        return gate * _sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate), INTERPRET) * up
+    elif ACTIVATION == "relu":
+        return tl.maximum(gate, 0.0) * up
+    else:
+        tl.static_assert(ACTIVATION == "swiglu_clamped")
+        gate = tl.minimum(gate, 7.0)
+        up = tl.minimum(tl.maximum(up, -7.0), 7.0)
+        return (up + 1.0) * gate * _sigmoid(1.702 * gate, INTERPRET)
+
+
+@triton.jit
+def _dot(a, b, acc, INTERPRET: tl.constexpr):
+    if INTERPRET:  # which multiplies the bit patterns of bf16
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    elif a.dtype == tl.float32:
+        return tl.dot(a, b, acc, input_precision="tf32x3")
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
+def rows_up(
+    x, weights, h, records, pairs, n_records, slot_bytes, top_k,
+    D: tl.constexpr, F: tl.constexpr, LD_X: tl.constexpr, LD_H: tl.constexpr, ACTIVATION: tl.constexpr,
+    TMA: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """x [T, LD_X] -> h [P, LD_H], pairs sorted by expert. weights: descriptor [slots, 2, F, D], or the
+    arena.
+    """
+    N_TILES: tl.constexpr = (LD_H + BN - 1) // BN
+    dtype: tl.constexpr = h.dtype.element_ty if not TMA else x.dtype.element_ty
+    t = tl.program_id(0)
+    end = tl.load(n_records) * N_TILES
+    while t < end:
+        slot, m_tile, n_tile, row0, count = _place(records, t, N_TILES)
+        m = m_tile * BM + tl.arange(0, BM)
+        n = n_tile * BN + tl.arange(0, BN)
+        k = tl.arange(0, BK)
+        live = m < count
+        token = tl.load(pairs + row0 + m, mask=live, other=0) // top_k  # what is not live reads token 0
+        x_at = x + token.to(tl.int64)[:, None] * LD_X + k[None, :]
+        if not TMA:
+            both = tl.arange(0, 2 * BN)
+            row = (both // BN) * F + n_tile * BN + both % BN
+            w_at = (weights + slot * slot_bytes).to(tl.pointer_type(dtype)) + row[:, None] * D + k[None, :]
+            w_live = (n_tile * BN + both % BN < F)[:, None]
+        acc = tl.zeros((2 * BN, BM) if SWAP else (BM, 2 * BN), tl.float32)
+        for kb in tl.range(0, D, BK):
+            if LD_X % BK == 0:
+                xv = tl.load(x_at + kb)
+            else:
+                xv = tl.load(x_at + kb, mask=(kb + k < LD_X)[None, :], other=0.0)
+            if TMA:
+                w = tl.reshape(weights.load([slot.to(tl.int32), 0, n_tile * BN, kb]), (2 * BN, BK))
+            elif D % BK == 0 and F % BN == 0:
+                w = tl.load(w_at + kb)
+            else:
+                w = tl.load(w_at + kb, mask=w_live & (kb + k < D)[None, :], other=0.0)
+            acc = _dot(w, xv.T, acc, INTERPRET) if SWAP else _dot(xv, w.T, acc, INTERPRET)
+        if SWAP:
+            gate, up = tl.split(tl.permute(tl.reshape(acc, (2, BN, BM)), (1, 2, 0)))
+            out = cast(activate(gate, up, ACTIVATION, INTERPRET), h.dtype.element_ty, INTERPRET).T
+        else:
+            gate, up = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN)), (0, 2, 1)))
+            out = cast(activate(gate, up, ACTIVATION, INTERPRET), h.dtype.element_ty, INTERPRET)
+        at = h + (row0 + m).to(tl.int64)[:, None] * LD_H + n[None, :]
+        tl.store(at, out, mask=live[:, None] & (n < LD_H)[None, :])
+        t += tl.num_programs(0)
+
+
+@triton.jit
+def rows_down(
+    h, weights, products, records, pairs, n_records, slot_bytes,
+    D: tl.constexpr, F: tl.constexpr, LD_H: tl.constexpr,
+    TMA: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """h [P, LD_H] -> products [P, D], row token * K + k. weights: descriptor [slots, D, F], or the arena."""
+    N_TILES: tl.constexpr = (D + BN - 1) // BN
+    t = tl.program_id(0)
+    end = tl.load(n_records) * N_TILES
+    while t < end:
+        slot, m_tile, n_tile, row0, count = _place(records, t, N_TILES)
+        m = m_tile * BM + tl.arange(0, BM)
+        n = n_tile * BN + tl.arange(0, BN)
+        k = tl.arange(0, BK)
+        if not TMA:
+            dtype: tl.constexpr = h.dtype.element_ty
+            h_at = h + (row0 + tl.minimum(m, count - 1)).to(tl.int64)[:, None] * LD_H + k[None, :]
+            w_at = (weights + slot * slot_bytes).to(tl.pointer_type(dtype)) + 2 * F * D
+            w_at += n[:, None] * F + k[None, :]
+        acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
+        for kb in tl.range(0, F, BK):
+            if TMA:
+                hv = h.load([row0 + m_tile * BM, kb])
+                w = tl.reshape(weights.load([slot.to(tl.int32), n_tile * BN, kb]), (BN, BK))
+            else:
+                if LD_H % BK == 0:
+                    hv = tl.load(h_at + kb)
+                else:
+                    hv = tl.load(h_at + kb, mask=(kb + k < LD_H)[None, :], other=0.0)
+                if F % BK == 0 and D % BN == 0:
+                    w = tl.load(w_at + kb)
+                else:
+                    w = tl.load(w_at + kb, mask=(n < D)[:, None] & (kb + k < F)[None, :], other=0.0)
+            acc = _dot(w, hv.T, acc, INTERPRET) if SWAP else _dot(hv, w.T, acc, INTERPRET)
+        live = m < count
+        row = tl.load(pairs + row0 + m, mask=live, other=0).to(tl.int64)
+        out = cast(acc.T if SWAP else acc, products.dtype.element_ty, INTERPRET)
+        tl.store(products + row[:, None] * D + n[None, :], out, mask=live[:, None] & (n < D)[None, :])
+        t += tl.num_programs(0)
+
+
+@triton.jit
+def _codes_at(
+    expert, n, N: tl.constexpr, K: tl.constexpr, S: tl.constexpr, TILED: tl.constexpr, PAIRED: tl.constexpr,
+    CODES: tl.constexpr,
+):  # fmt: skip
+    """Pointers to the dwords of rows n [BN] and the first S blocks of 64 columns of a matrix [N, K] -> [BN, S
+    L].
+
+    expert: where the matrix begins. PAIRED: gate or up, whose tiles alternate.
+    """
+    L: tl.constexpr = 64 // CODES
+    line = tl.arange(0, S * L)
+    words = expert.to(tl.pointer_type(tl.int32))
+    if TILED:
+        SUPER: tl.constexpr = 16 * (L + 1)  # dwords of a superblock; the first 16 are its scales
+        TILE: tl.constexpr = (K + 63) // 64 * SUPER * (2 if PAIRED else 1)
+        row = (n // 16) * TILE + n % 16
+        return words + row[:, None] + ((line // L) * SUPER + 16 + (line % L) * 16)[None, :]
+    else:
+        return words + (n * (K // CODES))[:, None] + line[None, :]
+
+
+@triton.jit
+def _scales_at(scales, n, K: tl.constexpr, S: tl.constexpr, PAIRED: tl.constexpr, FORMAT: tl.constexpr):
+    """Likewise to dwords with their scales: tiles (scales: where the matrix begins) [BN, 2 S], fp8 fp32 [BN,
+    S].
+
+    A dword of tiles holds the scales of two rows: asynchronous copies are of 4 bytes or more. Of mxfp4 the
+    beginning.
+    """
+    words = scales.to(tl.pointer_type(tl.int32))
+    if FORMAT == "int4" or FORMAT == "int8":
+        group = tl.arange(0, 2 * S)
+        SUPER: tl.constexpr = 16 * ((8 if FORMAT == "int4" else 16) + 1)
+        TILE: tl.constexpr = (K + 63) // 64 * SUPER * (2 if PAIRED else 1)
+        row = (n // 16) * TILE + n % 16 // 2
+        return words + row[:, None] + ((group // 2) * SUPER + group % 2 * 8)[None, :]
+    elif FORMAT == "fp8":
+        ROW: tl.constexpr = (K + 127) // 128
+        return words + (n // 128 * ROW)[:, None] + (tl.arange(0, S) // 2)[None, :]
+    else:
+        return words
+
+
+@triton.jit
+def _weights(
+    codes_at, scales_at, b, n, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
+    PAIRED: tl.constexpr, FORMAT: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Blocks b to b + S of the rows that the pointers name -> bf16 [BN, 64 S], columns moved
+    (triton_dequant.py).
+    """
+    TILED: tl.constexpr = FORMAT == "int4" or FORMAT == "int8"
+    L: tl.constexpr = 8 if FORMAT == "int4" or FORMAT == "mxfp4" else 16
+    if TILED:
+        SUPER: tl.constexpr = 16 * (L + 1)
+        ROWS: tl.constexpr = (N + 63) // 64 * 64 if PAIRED else (N + 15) // 16 * 16
+        if ROWS % BN == 0:
+            words = tl.load(codes_at + b * SUPER)
+            two = tl.load(scales_at + b * SUPER)
+        else:
+            words = tl.load(codes_at + b * SUPER, mask=(n < ROWS)[:, None], other=0)
+            two = tl.load(scales_at + b * SUPER, mask=(n < ROWS)[:, None], other=0)
+        scale = (two >> (n % 2 * 16)[:, None]).to(tl.int16).to(tl.float16, bitcast=True)
+        scale = cast(scale, tl.bfloat16, INTERPRET)
+    else:
+        if N % BN == 0 and K % (64 * S) == 0:
+            words = tl.load(codes_at + b * L)
+        else:
+            column = b * L + tl.arange(0, S * L)
+            inside = (n < N)[:, None] & (column < K * L // 64)[None, :]
+            words = tl.load(codes_at + b * L, mask=inside, other=0)
+        if FORMAT == "fp8":  # (behind a row's last column `words` are 0)
+            block = b + tl.arange(0, S)
+            scale = tl.load(scales_at + b // 2, mask=(n < N)[:, None] & (block * 64 < K)[None, :], other=0)
+            scale = cast(scale.to(tl.float32, bitcast=True), tl.bfloat16, INTERPRET)
+        else:
+            group = 2 * b + tl.arange(0, 2 * S)
+            at = (n * (K // 32))[:, None] + group[None, :]
+            four = tl.load(scales_at + at // 4, mask=(n < N)[:, None] & (group * 32 < K)[None, :], other=0)
+            power = (four >> (at % 4 * 8)) & 255
+            scale = tl.where(power == 0, 0x0040, power << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    GROUPS: tl.constexpr = S if FORMAT == "fp8" else 2 * S
+    scale = tl.broadcast_to(scale[:, :, None], (BN, GROUPS, S * L // GROUPS))
+    return decode(words, tl.reshape(scale, (BN, S * L)), BN, S, FORMAT, INTERPRET)
+
+
+@triton.jit
+def packed_up(
+    x, arena, h, records, pairs, n_records, slot_bytes, top_k,
+    UP: tl.constexpr, GATE_SCALES: tl.constexpr, UP_SCALES: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, LD_X: tl.constexpr, LD_H: tl.constexpr, ACTIVATION: tl.constexpr,
+    FORMAT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """x [T, LD_X] -> h [P, LD_H], pairs sorted by expert, the columns of both moved. UP, *_SCALES: bytes into
+    a slot.
+    """
+    N_TILES: tl.constexpr = (LD_H + BN - 1) // BN
+    TILED: tl.constexpr = FORMAT == "int4" or FORMAT == "int8"
+    CODES: tl.constexpr = 8 if FORMAT == "int4" or FORMAT == "mxfp4" else 4
+    L: tl.constexpr = 64 // CODES
+    S: tl.constexpr = BK // 64
+    t = tl.program_id(0)
+    end = tl.load(n_records) * N_TILES
+    while t < end:
+        slot, m_tile, n_tile, row0, count = _place(records, t, N_TILES)
+        m = m_tile * BM + tl.arange(0, BM)
+        n = n_tile * BN + tl.arange(0, BN)
+        live = m < count
+        token = tl.load(pairs + row0 + m, mask=live, other=0) // top_k
+        x_at = x + token.to(tl.int64)[:, None] * LD_X + tl.arange(0, BK)[None, :]
+        expert = arena + slot * slot_bytes
+        gate_at = _codes_at(expert, n, F, D, S, TILED, True, CODES)
+        up_at = _codes_at(expert + UP, n, F, D, S, TILED, True, CODES)
+        gate_scales = _scales_at(expert + GATE_SCALES, n, D, S, True, FORMAT)
+        up_scales = _scales_at(expert + UP_SCALES, n, D, S, True, FORMAT)
+        gate = tl.zeros((BN, BM), tl.float32)
+        up = tl.zeros((BN, BM), tl.float32)
+        for b in tl.range(0, LD_X // 64, S):
+            xv = tl.load(x_at + b * 64).T
+            w = _weights(gate_at, gate_scales, b, n, F, D, BN, S, True, FORMAT, INTERPRET)
+            gate = _dot(w, xv, gate, INTERPRET)
+            w = _weights(up_at, up_scales, b, n, F, D, BN, S, True, FORMAT, INTERPRET)
+            up = _dot(w, xv, up, INTERPRET)
+        out = cast(activate(gate, up, ACTIVATION, INTERPRET), h.dtype.element_ty, INTERPRET).T
+        out = tl.permute(tl.reshape(out, (BM, BN // 64, L, CODES)), (0, 1, 3, 2))
+        at = h + (row0 + m).to(tl.int64)[:, None] * LD_H + n[None, :]
+        tl.store(at, tl.reshape(out, (BM, BN)), mask=live[:, None] & (n < LD_H)[None, :])
+        t += tl.num_programs(0)
+
+
+@triton.jit
+def packed_down(
+    h, arena, products, records, pairs, n_records, slot_bytes,
+    DOWN: tl.constexpr, DOWN_SCALES: tl.constexpr, D: tl.constexpr, F: tl.constexpr, LD_H: tl.constexpr,
+    FORMAT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """h [P, LD_H], columns moved -> products [P, D], row token * K + k. DOWN, DOWN_SCALES: bytes into a
+    slot.
+    """
+    N_TILES: tl.constexpr = (D + BN - 1) // BN
+    TILED: tl.constexpr = FORMAT == "int4" or FORMAT == "int8"
+    CODES: tl.constexpr = 8 if FORMAT == "int4" or FORMAT == "mxfp4" else 4
+    S: tl.constexpr = BK // 64
+    HALF: tl.constexpr = BN // 2
+    t = tl.program_id(0)
+    end = tl.load(n_records) * N_TILES
+    while t < end:
+        slot, m_tile, n_tile, row0, count = _place(records, t, N_TILES)
+        m = m_tile * BM + tl.arange(0, BM)
+        n = n_tile * BN + tl.arange(0, HALF)
+        h_at = h + (row0 + tl.minimum(m, count - 1)).to(tl.int64)[:, None] * LD_H + tl.arange(0, BK)[None, :]
+        expert = arena + slot * slot_bytes
+        # Two halves, each a product of its own: of 256 rows as one, the compiler exchanges scales through
+        # shared memory.
+        at0 = _codes_at(expert + DOWN, n, D, F, S, TILED, False, CODES)
+        at1 = _codes_at(expert + DOWN, n + HALF, D, F, S, TILED, False, CODES)
+        scales0 = _scales_at(expert + DOWN_SCALES, n, F, S, False, FORMAT)
+        scales1 = _scales_at(expert + DOWN_SCALES, n + HALF, F, S, False, FORMAT)
+        acc0 = tl.zeros((HALF, BM), tl.float32)
+        acc1 = tl.zeros((HALF, BM), tl.float32)
+        for b in tl.range(0, LD_H // 64, S):
+            hv = tl.load(h_at + b * 64).T
+            w = _weights(at0, scales0, b, n, D, F, HALF, S, False, FORMAT, INTERPRET)
+            acc0 = _dot(w, hv, acc0, INTERPRET)
+            w = _weights(at1, scales1, b, n + HALF, D, F, HALF, S, False, FORMAT, INTERPRET)
+            acc1 = _dot(w, hv, acc1, INTERPRET)
+        live = m < count
+        row = tl.load(pairs + row0 + m, mask=live, other=0).to(tl.int64)
+        at = products + row[:, None] * D + n[None, :]
+        out = cast(acc0, products.dtype.element_ty, INTERPRET).T
+        tl.store(at, out, mask=live[:, None] & (n < D)[None, :])
+        out = cast(acc1, products.dtype.element_ty, INTERPRET).T
+        tl.store(at + HALF, out, mask=live[:, None] & (n + HALF < D)[None, :])
+        t += tl.num_programs(0)
