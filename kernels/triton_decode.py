@@ -26,9 +26,8 @@ from torch import Tensor
 from kernels import expert_slots
 from kernels.triton_gemv import (
     INTERPRETED,
-    e2m1,
-    e4m3_rows,
-    e8m0,
+    block_times,
+    load_block,
     load_columns,
     load_rows,
     load_tiles,
@@ -58,6 +57,13 @@ class GpuMatrix(NamedTuple):
     format: str
     rows: int
     columns: int
+
+
+class Shape(NamedTuple):
+    """What a program of a kernel takes on: rows of the weight, or tiles of 16 rows; and its warps."""
+
+    rows: int
+    warps: int
 
 
 # ---- dense -------------------------------------------------------------------------------------------------
@@ -125,6 +131,7 @@ def linear(
     bias: Tensor | None = None,
     residual: bool = False,
     exact: bool = False,
+    shape: Shape | None = None,
 ) -> None:
     """out [T, rows] = (with residual: +=) norm(x) W^T + bias.
 
@@ -136,19 +143,18 @@ def linear(
     flags = {"NORM": norm is not None, "BIAS": bias is not None, "RESIDUAL": residual}
     arguments = (out, x if norm is None else norm, x if bias is None else bias, eps, weight.rows)
     padded = triton.next_power_of_2(columns)
+    shape = shape or default_shape("linear", weight.format, columns)
     if weight.format in expert_slots.BITS:
-        lines, warps = _tile_shape(weight.format, columns)
-        tiles = 1
-        grid = (triton.cdiv(triton.cdiv(weight.rows, 16), tiles),)
+        grid = (triton.cdiv(triton.cdiv(weight.rows, 16), shape.rows),)
         _linear_tiles[grid](
-            x, weight.data, *arguments, COLUMNS=columns, T=tokens, R=tiles, L=lines, C=padded,
-            BITS=expert_slots.BITS[weight.format], EXACT=exact, num_warps=warps, **flags, **_launch(x.device),
+            x, weight.data, *arguments, COLUMNS=columns, T=tokens, R=shape.rows,
+            L=_lines(weight.format, columns), C=padded, BITS=expert_slots.BITS[weight.format], EXACT=exact,
+            num_warps=shape.warps, **flags, **_launch(x.device),
         )  # fmt: skip
     else:
-        warps, rows = _row_shape(padded)
-        _linear_rows[(triton.cdiv(weight.rows, rows),)](
+        _linear_rows[(triton.cdiv(weight.rows, shape.rows),)](
             x, weight.data.view(expert_slots.FLOATS[weight.format]), *arguments, COLUMNS=columns, T=tokens,
-            R=rows, C=padded, num_warps=warps, **flags, **_launch(x.device),
+            R=shape.rows, C=padded, num_warps=shape.warps, **flags, **_launch(x.device),
         )  # fmt: skip
 
 
@@ -250,9 +256,9 @@ def rope_and_store(
 
 
 @triton.jit
-def _router_logits(
-    x, norm, eps, router, h_out, probabilities, E: tl.constexpr, D: tl.constexpr, T: tl.constexpr, R:
-    tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
+def _store_logits(
+    x, norm, eps, router, h_out, logits, E: tl.constexpr, D: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R experts a program; the first one stores the normed x."""
     first = tl.program_id(0) * R
@@ -266,19 +272,17 @@ def _router_logits(
         if tl.program_id(0) == 0:
             tl.store(h_out + t * D + c, v, mask=c < D)
         row = first + tl.arange(0, R)
-        tl.store(probabilities + t * E + row, tl.sum(weights * v[None, :], axis=1), mask=row < E)
+        tl.store(logits + t * E + row, tl.sum(weights * v[None, :], axis=1), mask=row < E)
 
 
 @triton.jit
-def _choose_experts(
-    probabilities, ids, weights, table, slots, missed, layer, E: tl.constexpr, K: tl.constexpr, P:
-    tl.constexpr, NORMALISE: tl.constexpr, PDL: tl.constexpr,
+def _choose(
+    t, probabilities, ids, weights, table, slots, missed, layer, E: tl.constexpr, K: tl.constexpr,
+    P: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
-    """One token a program: softmax, then each expert's rank among all."""
-    wait_for_inputs(PDL)
-    t = tl.program_id(0)
+    """Of token t: softmax, then each expert's rank among all."""
     e = tl.arange(0, P)
-    logits = tl.load(probabilities + t * E + e, mask=e < E, other=-1e30)
+    logits = tl.load(probabilities + t * E + e, mask=e < E, other=-1e30, cache_modifier=".cg")
     raised = tl.exp(logits - tl.max(logits))
     p = tl.div_rn(raised, tl.sum(raised) + tl.zeros((P,), tl.float32))
     tl.store(probabilities + t * E + e, p, mask=e < E)
@@ -300,6 +304,32 @@ def _choose_experts(
         tl.atomic_min(missed, layer)
 
 
+@triton.jit
+def _choose_experts(
+    probabilities, ids, weights, table, slots, missed, layer, E: tl.constexpr, K: tl.constexpr,
+    P: tl.constexpr, NORMALISE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token a program."""
+    wait_for_inputs(PDL)
+    t = tl.program_id(0)
+    _choose(t, probabilities, ids, weights, table, slots, missed, layer, E, K, P, NORMALISE)
+
+
+@triton.jit
+def _route(
+    x, norm, eps, router, h_out, probabilities, ids, weights, table, slots, missed, layer, arrived,
+    E: tl.constexpr, D: tl.constexpr, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    P: tl.constexpr, NORMALISE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The program that is through last with its logits chooses. arrived: 0 before and after."""
+    _store_logits(x, norm, eps, router, h_out, probabilities, E, D, T, R, C, PDL)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(arrived, 0)
+        for t in tl.static_range(T):
+            _choose(t, probabilities, ids, weights, table, slots, missed, layer, E, K, P, NORMALISE)
+
+
 def route(
     x: Tensor,
     norm: Tensor,
@@ -314,6 +344,7 @@ def route(
     slots: Tensor,
     missed: Tensor,
     layer: int,
+    arrived: Tensor | None = None,
 ) -> None:
     """The router of one layer and the norm before it, in fp32.
 
@@ -321,22 +352,28 @@ def route(
     absent. Writes h_out [T, D], probabilities [T, E], and likeliest first (the lower id where two are equal)
     ids int32 [T, K], weights [T, K] (normalise: summing to 1) and slots int32 [T, K]. missed int32 [1] =
     min(missed, layer) if one is absent.
+
+    arrived: int32 [1], 0, of this stream's own: then one kernel does it all, whose last program chooses.
     """
     tokens, hidden = x.shape
     experts, top_k = len(router), ids.shape[1]
     assert tokens <= MOST_TOKENS and hidden <= MOST_COLUMNS and router.is_contiguous()
     padded = triton.next_power_of_2(hidden)
-    warps, rows = _row_shape(padded)
-    rows = 1
-    options = _launch(x.device)
-    _router_logits[(triton.cdiv(experts, rows),)](
-        x, norm, eps, router, h_out, probabilities, E=experts, D=hidden, T=tokens, R=rows, C=padded,
-        num_warps=warps, **options,
-    )  # fmt: skip
-    _choose_experts[(tokens,)](
-        probabilities, ids, weights, table, slots, missed, layer, E=experts, K=top_k,
-        P=max(2, triton.next_power_of_2(experts)), NORMALISE=normalise, num_warps=4, **options,
-    )  # fmt: skip
+    rows, options = 1, _launch(x.device)
+    grid, warps = (triton.cdiv(experts, rows),), max(4, min(16, padded // 512))
+    logits = {"E": experts, "D": hidden, "T": tokens, "R": rows, "C": padded, "num_warps": warps}
+    choice = {"K": top_k, "P": max(2, triton.next_power_of_2(experts)), "NORMALISE": normalise}
+    if arrived is None:
+        _store_logits[grid](x, norm, eps, router, h_out, probabilities, **logits, **options)
+        _choose_experts[(tokens,)](
+            probabilities, ids, weights, table, slots, missed, layer, E=experts, num_warps=4, **choice,
+            **options,
+        )  # fmt: skip
+    else:
+        _route[grid](
+            x, norm, eps, router, h_out, probabilities, ids, weights, table, slots, missed, layer, arrived,
+            **logits, **choice, **options,
+        )  # fmt: skip
 
 
 # ---- experts -----------------------------------------------------------------------------------------------
@@ -422,52 +459,6 @@ def _down_tiles(
 
 
 @triton.jit
-def _rows_times(
-    base,
-    scale_base,
-    first,
-    last,
-    x,
-    columns: tl.constexpr,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    FORMAT: tl.constexpr,
-):
-    """Rows first to first + R of a matrix [last, columns] of an expert times x [columns] in memory -> [R]."""
-    if FORMAT == "mxfp4":
-        GROUPS: tl.constexpr = C // 32
-        bytes = load_rows(base, first, last, columns // 2, C // 2, R).to(tl.int32)
-        c = tl.arange(0, C // 2)
-        even = tl.load(x + 2 * c, mask=2 * c < columns, other=0.0) * 9223372036854775808.0  # 2 ** 63
-        odd = tl.load(x + 2 * c + 1, mask=2 * c < columns, other=0.0) * 9223372036854775808.0
-        sums = e2m1(bytes) * even[None, :] + e2m1(bytes >> 4) * odd[None, :]
-        sums = tl.sum(tl.reshape(sums, (R, GROUPS, 16)), axis=2)
-        scales = e8m0(load_rows(scale_base, first, last, columns // 32, GROUPS, R)) * 9223372036854775808.0
-        return tl.sum(sums * scales, axis=1)
-    else:
-        c = tl.arange(0, C)
-        v = tl.load(x + c, mask=c < columns, other=0.0)
-        if FORMAT == "fp8":
-            weights = e4m3_rows(base, first, last, columns, C, R)
-            BLOCKS: tl.constexpr = (columns + 127) // 128
-            scales = scale_base.to(tl.pointer_type(tl.float32)) + first // 128 * BLOCKS + c // 128
-            # 2 ** 120 in two steps: neither x nor a small weight may leave fp32's range.
-            v = (
-                v
-                * 1152921504606846976.0
-                * (tl.load(scales, mask=c < columns, other=0.0) * 1152921504606846976.0)
-            )
-            return tl.sum(weights * v[None, :], axis=1)
-        elif FORMAT == "bf16":
-            weights = load_rows(base.to(tl.pointer_type(tl.bfloat16)), first, last, columns, C, R)
-        elif FORMAT == "f16":
-            weights = load_rows(base.to(tl.pointer_type(tl.float16)), first, last, columns, C, R)
-        else:
-            weights = load_rows(base.to(tl.pointer_type(tl.float32)), first, last, columns, C, R)
-        return tl.sum(weights.to(tl.float32) * v[None, :], axis=1)
-
-
-@triton.jit
 def _up_rows(
     x, slots, arena, stride, h, GATE_SCALES: tl.constexpr, UP: tl.constexpr, UP_SCALES: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, C: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr,
@@ -480,8 +471,10 @@ def _up_rows(
     if slot >= 0:
         base = arena + slot.to(tl.int64) * stride
         of_token = x + pair // K * D
-        gate = _rows_times(base, base + GATE_SCALES, first, F, of_token, D, C, R, FORMAT)
-        up = _rows_times(base + UP, base + UP_SCALES, first, F, of_token, D, C, R, FORMAT)
+        gate, gate_scales = load_block(base, base + GATE_SCALES, first, F, D, C, R, FORMAT)
+        up, up_scales = load_block(base + UP, base + UP_SCALES, first, F, D, C, R, FORMAT)
+        gate = block_times(gate, gate_scales, of_token, D, C, R, FORMAT)
+        up = block_times(up, up_scales, of_token, D, C, R, FORMAT)
         row = first + tl.arange(0, R)
         tl.store(h + pair * F + row, _activate(gate, up, ACTIVATION), mask=row < F)
 
@@ -492,12 +485,14 @@ def _down_rows(
     F: tl.constexpr, C: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R rows of down of one pair a program."""
-    wait_for_inputs(PDL)
     pair, first = tl.program_id(0), tl.program_id(1) * R
-    slot = tl.load(slots + pair)
+    slot = tl.load(slots + pair)  # older than the kernel before this one
+    base = arena + tl.maximum(slot, 0).to(tl.int64) * stride
+    last = tl.where(slot >= 0, D, 0)
+    weights, scales = load_block(base + DOWN, base + DOWN_SCALES, first, last, F, C, R, FORMAT)
+    wait_for_inputs(PDL)
     if slot >= 0:
-        base = arena + slot.to(tl.int64) * stride
-        y = _rows_times(base + DOWN, base + DOWN_SCALES, first, D, h + pair * F, F, C, R, FORMAT)
+        y = block_times(weights, scales, h + pair * F, F, C, R, FORMAT)
         row = first + tl.arange(0, R)
         tl.store(products + pair * D + row, y, mask=row < D)
 
@@ -544,7 +539,9 @@ class ExpertDecode:
         # Hidden activations: int8 codes and a scale a group, or fp32.
         self._codes = torch.zeros(rows, padded, device=device)
         self._scales = torch.zeros(rows, padded // expert_slots.GROUP, device=device)
-        self._options = _launch(self.products.device)
+        self.options = _launch(self.products.device)
+        self.up_shape = default_shape("up", format, hidden)
+        self.down_shape = default_shape("down", format, width)
 
     def run(self, h: Tensor, slots: Tensor, arena: Tensor) -> None:
         """products[p] = expert in slot slots[p] of h[p // K], for every place p with slots[p] >= 0.
@@ -555,63 +552,73 @@ class ExpertDecode:
         pairs = slots.numel()
         assert h.is_contiguous() and pairs == len(h) * self.top_k <= len(self.products)
         assert arena.is_contiguous() and arena.shape[1] % 16 == 0
+        self.up(h, slots, arena)
+        self.down(slots, arena)
+
+    def up(self, h: Tensor, slots: Tensor, arena: Tensor) -> None:
+        """The first half of `run`: hidden activations into the workspace."""
+        rows, warps = self.up_shape
         if self.format in expert_slots.BITS:
-            self._run_tiles(h, slots, arena, pairs)
+            _up_tiles[(slots.numel(), triton.cdiv(self.width, 64) * 2)](
+                h, slots, arena, arena.stride(0), self._codes, self._scales, K=self.top_k,
+                L=_lines(self.format, self.hidden), ACTIVATION=self.activation, num_warps=warps,
+                **self._constants,
+            )  # fmt: skip
         else:
-            self._run_rows(h, slots, arena, pairs)
+            _up_rows[(slots.numel(), triton.cdiv(self.width, rows))](
+                h, slots, arena, arena.stride(0), self._codes, GATE_SCALES=self._at.gate_scales,
+                UP=self._at.up, UP_SCALES=self._at.up_scales, K=self.top_k,
+                C=triton.next_power_of_2(self.hidden), R=rows, ACTIVATION=self.activation, num_warps=warps,
+                **self._constants,
+            )  # fmt: skip
+
+    def down(self, slots: Tensor, arena: Tensor) -> None:
+        """The second: products."""
+        rows, warps = self.down_shape
+        if self.format in expert_slots.BITS:
+            _down_tiles[(slots.numel(), triton.cdiv(triton.cdiv(self.hidden, 16), rows))](
+                self._codes, self._scales, slots, arena, arena.stride(0), self.products,
+                L=_lines(self.format, self.width), R=rows, OFFSET=self._at.down, num_warps=warps,
+                **self._constants,
+            )  # fmt: skip
+        else:
+            _down_rows[(slots.numel(), triton.cdiv(self.hidden, rows))](
+                self._codes, slots, arena, arena.stride(0), self.products, DOWN=self._at.down,
+                DOWN_SCALES=self._at.down_scales, C=triton.next_power_of_2(self.width), R=rows,
+                num_warps=warps, **self._constants,
+            )  # fmt: skip
 
     def combine(self, weights: Tensor, x: Tensor) -> None:
         """x [T, D] += sum over k, in order, of weights [T, K] times products."""
         block = 256
         _combine[(len(x), triton.cdiv(self.hidden, block))](
-            self.products, weights, x, D=self.hidden, K=self.top_k, BLOCK=block, num_warps=2, **self._options
+            self.products, weights, x, D=self.hidden, K=self.top_k, BLOCK=block, num_warps=2, **self.options
         )
 
-    def _run_tiles(self, h: Tensor, slots: Tensor, arena: Tensor, pairs: int) -> None:
-        bits = expert_slots.BITS[self.format]
-        lines, warps = _tile_shape(self.format, self.hidden)
-        shared = {"D": self.hidden, "F": self.width, "BITS": bits, "EXACT": self.exact, **self._options}
-        _up_tiles[(pairs, triton.cdiv(self.width, 64) * 2)](
-            h, slots, arena, arena.stride(0), self._codes, self._scales, K=self.top_k, L=lines,
-            ACTIVATION=self.activation, num_warps=min(16, 2 * warps), **shared,
-        )  # fmt: skip
-        lines, warps = _tile_shape(self.format, self.width)
-        tiles = 1
-        _down_tiles[(pairs, triton.cdiv(triton.cdiv(self.hidden, 16), tiles))](
-            self._codes, self._scales, slots, arena, arena.stride(0), self.products, L=lines, R=tiles,
-            OFFSET=self._at.down, num_warps=warps, **shared,
-        )  # fmt: skip
-
-    def _run_rows(self, h: Tensor, slots: Tensor, arena: Tensor, pairs: int) -> None:
-        at = self._at
-        shared = {"D": self.hidden, "F": self.width, "FORMAT": self.format, **self._options}
-        padded = triton.next_power_of_2(self.hidden)
-        warps, rows = _row_shape(padded)
-        _up_rows[(pairs, triton.cdiv(self.width, rows))](
-            h, slots, arena, arena.stride(0), self._codes, GATE_SCALES=at.gate_scales, UP=at.up,
-            UP_SCALES=at.up_scales, K=self.top_k, C=padded, R=rows, ACTIVATION=self.activation,
-            num_warps=warps, **shared,
-        )  # fmt: skip
-        padded = triton.next_power_of_2(self.width)
-        warps, rows = _row_shape(padded)
-        _down_rows[(pairs, triton.cdiv(self.hidden, rows))](
-            self._codes, slots, arena, arena.stride(0), self.products, DOWN=at.down,
-            DOWN_SCALES=at.down_scales, C=padded, R=rows, num_warps=warps, **shared,
-        )  # fmt: skip
+    @property
+    def _constants(self) -> dict[str, Any]:
+        shared = {"D": self.hidden, "F": self.width, **self.options}
+        if self.format in expert_slots.BITS:
+            return {**shared, "BITS": expert_slots.BITS[self.format], "EXACT": self.exact}
+        return {**shared, "FORMAT": self.format}
 
 
 # ---- launch configurations ---------------------------------------------------------------------------------
 
 
-def _tile_shape(format: str, columns: int) -> tuple[int, int]:
-    """(lines of a row, a power of two; warps)."""
-    lines = triton.next_power_of_2(triton.cdiv(columns, 64) * 2 * expert_slots.BITS[format])
-    return lines, max(1, min(16, lines // 64))
+def _lines(format: str, columns: int) -> int:
+    """Lines of a row, padded to a power of two."""
+    return triton.next_power_of_2(triton.cdiv(columns, 64) * 2 * expert_slots.BITS[format])
 
 
-def _row_shape(columns: int) -> tuple[int, int]:
-    """(warps, rows a program) for a power of two of columns."""
-    return max(1, min(16, columns // 256)), 8
+def default_shape(kernel: str, format: str, columns: int) -> Shape:
+    """kernel: "linear", "up" or "down"; columns of the weight."""
+    if format in expert_slots.BITS:
+        warps = max(1, min(16, _lines(format, columns) // 64))
+        return Shape(2, min(16, 2 * warps)) if kernel == "up" else Shape(1, warps)
+    padded = triton.next_power_of_2(columns)
+    rows = 4 if padded > 8192 or (kernel == "up" and padded > 2048) else 8
+    return Shape(rows, max(1, min(16, padded // 256)))
 
 
 @cache

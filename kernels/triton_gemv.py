@@ -190,20 +190,67 @@ def load_rows(base, first, last, columns: tl.constexpr, C: tl.constexpr, R: tl.c
 
 
 @triton.jit
-def e4m3_rows(base, first, last, columns: tl.constexpr, C: tl.constexpr, R: tl.constexpr):
-    """Rows of e4m3 bytes -> fp32 [R, C], 2 ** 120 times too small: the exponent's bits as they are."""
-    v = load_rows(base, first, last, columns, C, R).to(tl.int32)
-    return (((v & 128) << 24) | ((v & 127) << 20)).to(tl.float32, bitcast=True)
+def load_block(
+    base, scales, first, last, columns: tl.constexpr, C: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr
+):  # fmt: skip
+    """Rows first to first + R of an expert's matrix [last, columns], as expert_slots.py has it.
+
+    mxfp4: bytes [R, C / 2] and scale bytes [R, C / 32]. fp8: bytes [R, C] and the scales [C] of these rows,
+    which lie in one block of 128. Others: [R, C], twice.
+    """
+    if FORMAT == "mxfp4":
+        weights = load_rows(base, first, last, columns // 2, C // 2, R)
+        return weights, load_rows(scales, first, last, columns // 32, C // 32, R)
+    elif FORMAT == "fp8":
+        c = tl.arange(0, C)
+        at = scales.to(tl.pointer_type(tl.float32)) + first // 128 * ((columns + 127) // 128) + c // 128
+        return load_rows(base, first, last, columns, C, R), tl.load(at, mask=c < columns, other=0.0)
+    elif FORMAT == "bf16":
+        weights = load_rows(base.to(tl.pointer_type(tl.bfloat16)), first, last, columns, C, R)
+        return weights, weights
+    elif FORMAT == "f16":
+        weights = load_rows(base.to(tl.pointer_type(tl.float16)), first, last, columns, C, R)
+        return weights, weights
+    else:
+        weights = load_rows(base.to(tl.pointer_type(tl.float32)), first, last, columns, C, R)
+        return weights, weights
 
 
 @triton.jit
-def e8m0(byte):
+def block_times(
+    weights, scales, x, columns: tl.constexpr, C: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr
+):  # fmt: skip
+    """What load_block gave, times x [columns] in memory -> [R].
+
+    e4m3 and e2m1 become fp32 by moving their bits, exponents as they are: 2 ** 120 and 2 ** 126 too small,
+    which x and the scales make up for by half each, so that nothing leaves fp32's range.
+    """
+    if FORMAT == "mxfp4":
+        c = tl.arange(0, C // 2)
+        even = tl.load(x + 2 * c, mask=2 * c < columns, other=0.0) * 9223372036854775808.0  # 2 ** 63
+        odd = tl.load(x + 2 * c + 1, mask=2 * c < columns, other=0.0) * 9223372036854775808.0
+        pairs = weights.to(tl.int32)
+        sums = _e2m1(pairs) * even[None, :] + _e2m1(pairs >> 4) * odd[None, :]
+        sums = tl.sum(tl.reshape(sums, (R, C // 32, 16)), axis=2)
+        return tl.sum(sums * (_e8m0(scales) * 9223372036854775808.0), axis=1)
+    else:
+        c = tl.arange(0, C)
+        v = tl.load(x + c, mask=c < columns, other=0.0)
+        if FORMAT == "fp8":
+            v = v * 1152921504606846976.0 * (scales * 1152921504606846976.0)  # 2 ** 60
+            bits = weights.to(tl.int32)
+            weights = (((bits & 128) << 24) | ((bits & 127) << 20)).to(tl.float32, bitcast=True)
+        return tl.sum(weights.to(tl.float32) * v[None, :], axis=1)
+
+
+@triton.jit
+def _e8m0(byte):
     """2 ** (byte - 127)."""
     bits = byte.to(tl.int32) << 23
     return tl.where(bits == 0, 0x400000, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def e2m1(nibble):
+def _e2m1(nibble):
     """fp32, 2 ** 126 times too small."""
     return (((nibble & 8) << 28) | ((nibble & 7) << 22)).to(tl.float32, bitcast=True)

@@ -151,7 +151,7 @@ def test_queries_and_keys_are_normed_clipped_and_rotated_into_the_cache(mode: st
 
 
 def routed(
-    x: Tensor, norm: Tensor, router: Tensor, top_k: int, normalise: bool, table: Tensor
+    x: Tensor, norm: Tensor, router: Tensor, top_k: int, normalise: bool, table: Tensor, fused: bool = False
 ) -> list[Tensor]:
     tokens, experts = len(x), len(router)
     results = [
@@ -159,9 +159,12 @@ def routed(
         poisoned(tokens, top_k), poisoned(tokens, top_k, dtype=torch.int32),
         torch.tensor([99], dtype=torch.int32, device=DEVICE),
     ]  # fmt: skip
+    arrived = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     route(
-        x.to(DEVICE), norm.to(DEVICE), 1e-5, router.to(DEVICE), normalise, table.to(DEVICE), *results, layer=7
-    )
+        x.to(DEVICE), norm.to(DEVICE), 1e-5, router.to(DEVICE), normalise, table.to(DEVICE), *results,
+        layer=7, arrived=arrived if fused else None,
+    )  # fmt: skip
+    assert not arrived.item()
     return [result.cpu() for result in results]
 
 
@@ -178,6 +181,8 @@ def test_the_router_is_that_of_the_cpu_library(
     native.make_context(1).route(spec, x.data_ptr(), tokens, *pointers)
     table = torch.arange(experts, dtype=torch.int32) + 100
     ours = routed(x, norm, weight, top_k, normalise, table)
+    in_one_kernel = routed(x, norm, weight, top_k, normalise, table, fused=True)
+    assert all(map(torch.equal, in_one_kernel, ours))
     assert distance(ours[0], h) < ROUNDING and distance(ours[1], probabilities) < 2e-5
     assert torch.equal(ours[2], ids) and distance(ours[3], weights) < 2e-5
     assert torch.equal(ours[4], ids + 100) and ours[5].item() == 99
@@ -224,7 +229,8 @@ class Layer:
 
     def exact_result(self, activation: str) -> Tensor:
         three = [tuple(weight.double() for weight in expert) for expert in self.values]
-        return moe_reference(self.x.double(), self.ids, self.weights.double(), three, activation)  # type: ignore[arg-type]
+        weights = self.weights.double()
+        return moe_reference(self.x.double(), self.ids, weights, three, activation)  # type: ignore[arg-type]
 
     def cpu_result(self, format: str, activation: str, exact: bool) -> Tensor:
         context, top_k = native.make_context(1), self.ids.shape[1]
