@@ -287,8 +287,8 @@ def _choose(
     p = tl.div_rn(raised, tl.sum(raised) + tl.zeros((P,), tl.float32))
     tl.store(probabilities + t * E + e, p, mask=e < E)
     p = tl.where(e < E, p, -1.0)
-    before = (p[None, :] > p[:, None]) | ((p[None, :] == p[:, None]) & (e[None, :] < e[:, None]))
-    rank = tl.sum(before.to(tl.int32), axis=1)
+    before = (p[:, None] > p[None, :]) | ((p[:, None] == p[None, :]) & (e[:, None] < e[None, :]))
+    rank = tl.sum(before.to(tl.int32), axis=0)  # over rows: those of a thread first
     # NaN has no order: then the first K, and whoever reads the logits reports it.
     rank = tl.where(tl.sum((p != p).to(tl.int32)) > 0, e, rank)
     chosen = (rank < K) & (e < E)
