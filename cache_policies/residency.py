@@ -56,6 +56,9 @@ class Residency:
     def __contains__(self, expert: ExpertId) -> bool:
         return expert in self._of_layer[expert[0]]
 
+    def layer_residents(self, layer: int) -> frozenset[ExpertId]:
+        return frozenset(self._of_layer[layer])
+
     @property
     def residents(self) -> frozenset[ExpertId]:
         return frozenset().union(*self._of_layer)
@@ -69,6 +72,18 @@ class Residency:
         token: int = -1,
     ) -> tuple[list[ExpertId], list[ExpertId]]:
         """One token's event -> (the experts that must come, in top-k order; the victims that made room)."""
+        missing = self.look_up(layer, routed, weights, scores, token)
+        return missing, self.make_room(layer, len(missing)) if missing else []
+
+    def look_up(
+        self,
+        layer: int,
+        routed: Sequence[int],
+        weights: Sequence[float] | None = None,
+        scores: Sequence[float] | None = None,
+        token: int = -1,
+    ) -> list[ExpertId]:
+        """Observe one token's event and hold what is resident of it -> what is not, in top-k order."""
         self.policy.step(layer, routed, weights, scores, token)
         missing: list[ExpertId] = []
         pool, held = self._pools[layer], self.held
@@ -79,10 +94,24 @@ class Residency:
                 del pool[key]
             else:
                 missing.append(key)
-        if not missing:
-            return missing, []
-        surplus = len(pool) + len(routed) - self.geometry.capacity
-        return missing, self._evict(layer, surplus) if surplus > 0 else []
+        return missing
+
+    def make_room(self, layer: int, coming: int) -> list[ExpertId]:
+        """The victims that leave so that `coming` experts may join those held."""
+        surplus = len(self._pools[layer]) + len(self.held) + coming - self.geometry.capacity
+        return self._evict(layer, surplus) if surplus > 0 else []
+
+    def make_room_for(self, key: ExpertId) -> list[ExpertId] | None:
+        """Admit an expert that no event waits for, if the policy prefers it to a resident -> the victims,
+        none of them held; None if it stays outside."""
+        self.policy.inserted(key)
+        pool = self._pools[key[0]]
+        pool[key] = None
+        victims = self._evict(key[0], max(0, len(pool) + len(self.held) - self.geometry.capacity))
+        if key in victims:
+            return None
+        self._of_layer[key[0]].add(key)
+        return victims
 
     def arrived(self, key: ExpertId) -> None:
         """An expert that the event lacked is resident now, and held."""
@@ -155,6 +184,10 @@ class Residency:
         for key in plan.leaving:
             self._remove(key)
         self.settle()
+
+    def forget(self, key: ExpertId) -> None:
+        """An expert is not resident after all; the policy is not told."""
+        self._remove(key)
 
     def evict_all(self) -> list[ExpertId]:
         """Empty the cache; the policy keeps what it learnt."""

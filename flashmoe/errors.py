@@ -3,7 +3,8 @@
     FlashMoEError
     ├── ConfigError      an option or a config.json that cannot be used
     ├── ModelError       a checkpoint or its numbers that cannot be used
-    ├── BudgetError      a RAM budget that cannot work
+    ├── BudgetError      a RAM or VRAM budget that cannot work
+    ├── GpuError         a GPU, its driver, or memory that cannot be pinned for it
     ├── TokenizerError   tokenizer.json or the chat template
     ├── ContextError     more tokens than the context holds
     ├── TraceError       a routing trace that cannot be used
@@ -28,6 +29,10 @@ class ModelError(FlashMoEError):
 
 class BudgetError(FlashMoEError):
     """A RAM budget that cannot be read, or cannot hold the model's smallest working set."""
+
+
+class GpuError(FlashMoEError):
+    """A call of the GPU's driver that failed, or memory that it cannot pin."""
 
 
 class TokenizerError(FlashMoEError):

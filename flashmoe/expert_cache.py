@@ -5,19 +5,21 @@ resident ones are served at once while the others are read, and those are served
 resident, who comes and who leaves is decided in `cache_policies/residency.py`, in ids alone and whatever the
 order in which reads finish; here are slots, addresses and reads. A guess is read into a spare slot beyond the
 policy's capacity and becomes resident only when it is asked for, as any miss does: it may come early, but it
-evicts nothing. Knows nothing about tokens, attention or the arithmetic of experts.
+evicts nothing. Below a faster tier (flashmoe/vram_cache.py) the same slots and reads serve events that the
+upper tier begins. Knows nothing about tokens, attention or the arithmetic of experts.
 """
 
 import ctypes
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_policies.lower_tier import Descent, LowerTier
 from cache_policies.policy import CachePolicy, Geometry
 from cache_policies.residency import ChunkPlan, Residency
 from flashmoe.weights import ExpertId
@@ -50,10 +52,10 @@ class CacheCounters:
     prefetch_bytes_wasted: int = 0  # of those not asked for
 
     def snapshot(self) -> "CacheCounters":
-        return CacheCounters(*(getattr(self, f.name) for f in fields(self)))
+        return type(self)(*(getattr(self, f.name) for f in fields(self)))
 
     def __sub__(self, other: "CacheCounters") -> "CacheCounters":
-        return CacheCounters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+        return type(self)(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +92,19 @@ class ExpertCache:
         """`spare`: slots beyond the policy's capacity, for guesses and for a prefill's experts to pass."""
         self.policy, self.counters = policy, CacheCounters()
         self._residency = Residency(policy, geometry, spare)
+        self._lower: LowerTier | None = None  # the residency, if there is a faster tier
         self.slots = self._residency.slots + spare
         self._ordinals = {layer: i for i, layer in enumerate(sorted({layer for layer, _ in plans}))}
         self._plans = {(self._ordinals[layer], expert): plan for (layer, expert), plan in plans.items()}
         self._expert_bytes = max(plan.read_bytes for plan in plans.values())
         self._reader, self._reads = reader, reads
-        self._buffers = _slot_buffers(self.slots, max(p.slot_bytes for p in plans.values()), reader.in_place)
+        slot_bytes = max(p.slot_bytes for p in plans.values())
+        self._arena = None if reader.in_place else memoryview(allocate_aligned(self.slots * slot_bytes))
+        self._buffers = _slot_buffers(self._arena, self.slots, slot_bytes)
         self._free = list(range(self.slots - 1, -1, -1))
         self._residents: dict[ExpertId, _Resident] = {}
+        self._copies: dict[ExpertId, None] = {}  # residents that the tier above has, too: the oldest first
+        self._before_reuse: Callable[[ExpertId], None] = _no_wait
         self._in_flight: dict[ExpertId, _Read] = {}  # that the event waits for
         self._guesses: dict[ExpertId, _Read] = {}  # in flight
         self._staged: dict[ExpertId, _Resident] = {}  # guesses that have arrived
@@ -164,7 +171,7 @@ class ExpertCache:
             elsewhere = (self._in_flight, self._guesses, self._staged)
             if key in self._residency or any(key in reads for reads in elsewhere):
                 continue
-            read = self._guesses[key] = _Read(key, self._free.pop())
+            read = self._guesses[key] = _Read(key, self._free_slot())
             read.guess = self._reads.submit(
                 read, self._plans[key], self._buffers[read.slot], self._done, prefetch=True
             )
@@ -247,11 +254,160 @@ class ExpertCache:
             if event == self._event:
                 self._end_event()
 
+    # Below a faster tier. Keys count layers among those with experts: `ordinal` tells how.
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers with experts: their place here is their ordinal."""
+        return list(self._ordinals)
+
+    @property
+    def arena(self) -> tuple[int, int]:
+        """(address, bytes) of all slots."""
+        assert self._arena is not None, "this reader has no slots"
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._arena)), self._arena.nbytes
+
+    def serve_above(self, capacity: int, before_reuse: Callable[[ExpertId], None]) -> None:
+        """Be the lower of two tiers from now on; empty yet. `capacity`: the upper one's, as its geometry
+        counts it. `before_reuse` waits until nobody reads or writes an expert's slot."""
+        assert not self._residents, "this tier has been used by itself"
+        r = self._residency
+        self._residency = self._lower = LowerTier(r.policy, r.geometry, r.spare, capacity)
+        self._before_reuse = before_reuse
+
+    @property
+    def lower(self) -> LowerTier:
+        """Who is in this tier only."""
+        assert self._lower is not None, "no tier above"
+        return self._lower
+
+    def holds(self, key: ExpertId) -> bool:
+        """Whether an expert's bytes are in a slot, no longer being read."""
+        return key in self._residents
+
+    def addresses(self, key: ExpertId) -> Addresses:
+        return self._residents[key].addresses
+
+    def begin_below(
+        self, lacking: Sequence[ExpertId], rising: Collection[ExpertId], leaving: Sequence[ExpertId],
+        above: Collection[ExpertId],
+    ) -> frozenset[ExpertId]:  # fmt: skip
+        """Begin an event (`LowerTier.begin_below`) -> which of `leaving` must be copied down: those that fall
+        and have no copy here. Those of `above` are there already as guesses and are not read."""
+        self._end_event()
+        descent = self.lower.begin_below(lacking, rising, leaving)
+        self._make_way(leaving, descent)
+        self._file_arrivals()
+        for key in descent.missing:
+            if key in above:
+                self.lower.arrived(key)
+            elif not self._was_guessed(key):
+                self._submit(key)
+        return self._come_down(descent.falling)
+
+    def _make_way(self, leaving: Iterable[ExpertId], descent: Descent) -> None:
+        """Drop who leaves for good. Copies of what falls are the last copies to be taken for reads."""
+        for key in (*descent.victims, *(key for key in leaving if key not in descent.falling)):
+            self._drop(key)
+        for key in descent.falling:
+            if key in self._copies:
+                del self._copies[key]
+                self._copies[key] = None
+
+    def _come_down(self, falling: Sequence[ExpertId]) -> frozenset[ExpertId]:
+        """What falls is no copy any more -> which of it must be copied down, having none."""
+        for key in falling:
+            self._copies.pop(key, None)
+        return frozenset(key for key in falling if key not in self._residents)
+
+    def arrivals(self, wait: bool = True) -> list[ExpertId]:
+        """Experts of the event that have been read meanwhile; `wait` for at least one, if one is to come."""
+        arrived: list[ExpertId] = []
+        completion = self._arrival() if wait and self._in_flight else self._arrived_already()
+        while completion is not None:
+            key = self._take(completion)
+            if self._chunk is None:
+                self.lower.arrived(key)
+            arrived.append(key)
+            completion = self._arrived_already()
+        return arrived
+
+    def give_up_guesses(self, ordinal: int) -> None:
+        """Those of a layer whose event has begun."""
+        if self._guesses or self._staged:
+            self._file_arrivals()
+            self._drop_guesses(lambda key: key[0] == ordinal)
+
+    def begin_chunk_below(
+        self, ordinal: int, passing: Sequence[ExpertId], rising: Sequence[ExpertId],
+        leaving: Sequence[ExpertId],
+    ) -> tuple[frozenset[ExpertId], list[ExpertId]]:  # fmt: skip
+        """Begin a prefill event (`LowerTier.begin_chunk_below`) -> (as `begin_below`, what must be read)."""
+        self._end_event()
+        self._drop_all_guesses()
+        plan, descent = self.lower.begin_chunk_below(ordinal, passing, rising, leaving)
+        self._chunk = plan
+        self.counters.hits += len(passing) + len(rising) - len(descent.missing)
+        self.counters.misses += len(descent.missing)
+        for key in plan.victims:
+            self._drop(key)
+        self._make_way(leaving, descent)
+        return self._come_down(descent.falling), descent.missing
+
+    def read_ahead(self, pending: deque[ExpertId]) -> None:
+        """Ask for what a chunk lacks, as far as slots are free or hold copies."""
+        while pending and (self._free or self._copies):
+            self._submit(pending.popleft())
+
+    @property
+    def is_reading(self) -> bool:
+        return bool(self._in_flight)
+
+    def copied(self, key: ExpertId) -> None:
+        """An expert has been copied up: unless it is to stay here, its slot may be taken."""
+        chunk = self._chunk
+        stays = chunk is not None and (key in self.lower and key not in chunk.leaving or key in chunk.staying)
+        if not stays and key in self._residents:
+            self._copies[key] = None
+
+    def fall(self, key: ExpertId, copy_out: Callable[[Addresses], None]) -> None:
+        """Find a slot for what falls from above, and have it filled. It may have been a copy's that is being
+        read: the filling must wait for all copies up."""
+        if self._free:
+            slot = self._free.pop()
+        else:
+            copy = next(iter(self._copies))
+            del self._copies[copy]
+            slot = self._residents.pop(copy).slot
+        addresses = _addresses(self._reader.views(self._plans[key], self._buffers[slot]))
+        copy_out(addresses)
+        self._residents[key] = _Resident(slot, addresses)
+
+    def end_event(self) -> None:
+        """The event is over; see `_end_event`."""
+        self._end_event()
+
+    def reconcile(self, above: Collection[ExpertId]) -> None:
+        """After an event that was cut short, with no copy under way: make slots and residents agree with each
+        other and with who is `above`."""
+        self._end_event()
+        for key in self.lower.residents.difference(self._residents):
+            self.lower.forget(key)
+        self._copies.clear()
+        for key in [key for key in self._residents if key not in self.lower]:
+            if key in above:
+                self._copies[key] = None
+            else:
+                self._drop(key)
+        taken = {resident.slot for resident in (*self._residents.values(), *self._staged.values())}
+        taken |= {read.slot for read in (*self._guesses.values(), *self._cancelled)}
+        self._free = [slot for slot in range(self.slots - 1, -1, -1) if slot not in taken]
+
     def evict_all(self) -> None:
         """Empty every slot, for a cold start; the policy keeps what it learnt."""
         self._end_event()
         self._drop_all_guesses()
-        for key in self._residency.evict_all():
+        for key in (*self._residency.evict_all(), *self._copies):
             self._drop(key)
 
     def close(self) -> None:
@@ -259,6 +415,7 @@ class ExpertCache:
         self.evict_all()
         self._reads.close()
         self._buffers.clear()
+        self._arena = None
         self._reader.close()
 
     def _read_ahead(self, pending: deque[ExpertId]) -> None:
@@ -306,19 +463,27 @@ class ExpertCache:
 
     def _submit(self, key: ExpertId) -> None:
         self._drop(key)  # there only if a Ctrl-C came between the decision that it goes and the deed
-        if not self._free:
+        if not self._free and not self._copies:
             for resident in [k for k in self._residents if k not in self._residency]:
                 self._drop(resident)  # as above
-        read = _Read(key, self._free.pop())
+        read = _Read(key, self._free_slot())
         self._in_flight[key] = read
         self._reads.submit(read, self._plans[key], self._buffers[read.slot], self._done)
 
     def _drop(self, key: ExpertId) -> None:
         """Give the slot back, if the expert has one."""
-        resident = self._residents.pop(key, None)
+        resident = self._residents.get(key)
         if resident is not None:
+            self._before_reuse(key)
+            del self._residents[key]
+            self._copies.pop(key, None)
             self._reader.release(self._plans[key])
             self._free.append(resident.slot)
+
+    def _free_slot(self) -> int:
+        if not self._free and self._copies:
+            self._drop(next(iter(self._copies)))
+        return self._free.pop()
 
     def _arrival(self) -> Completion:
         """Wait for the next read."""
@@ -438,15 +603,18 @@ class ExpertCache:
             return None
 
 
+def _no_wait(key: ExpertId) -> None:
+    """Nobody but the computation reads a slot."""
+
+
 def _addresses(views: Sequence[memoryview]) -> Addresses:
     """Where the parts of an expert lie: three, or one that holds all."""
     first, *others = (ctypes.addressof(ctypes.c_char.from_buffer(view)) for view in views)
     return (first, others[0], others[1]) if others else (first, 0, 0)
 
 
-def _slot_buffers(slots: int, slot_bytes: int, in_place: bool) -> list[memoryview | None]:
+def _slot_buffers(arena: memoryview | None, slots: int, slot_bytes: int) -> list[memoryview | None]:
     """One aligned memoryview a slot; none where the reader serves its own mapping."""
-    if in_place:
+    if arena is None:
         return [None] * slots
-    arena = memoryview(allocate_aligned(slots * slot_bytes))
     return [arena[i * slot_bytes : (i + 1) * slot_bytes] for i in range(slots)]

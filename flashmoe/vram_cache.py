@@ -1,0 +1,550 @@
+"""The experts in VRAM: the upper tier of two, over the RAM slots of an `ExpertCache`.
+
+The rules are those of any cache (`cache_policies/residency.py`): the policy observes a layer's routed set
+whole, then victims leave, then what is missing comes, here by copies from RAM slots, where the drive's reads
+land first. What leaves VRAM falls to RAM if the RAM policy wants it (`cache_policies/lower_tier.py`); mostly
+its copy is still there. Hits, misses and victims depend on what is asked for, never on when a copy or a read
+ends. Copies are ordered by tickets; the host waits for one only before it lets a read write to a slot that a
+copy may still use. Knows nothing about tokens, kernels or graphs.
+
+The caller promises that when an event begins, what the GPU was given for earlier ones has been done.
+"""
+
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_policies.policy import CachePolicy, Geometry
+from cache_policies.residency import ChunkPlan, Residency
+from flashmoe.copy_engine import CopyEngine, Ticket
+from flashmoe.expert_cache import CacheCounters, ExpertCache
+from flashmoe.expert_placement import Placement
+from flashmoe.weights import ExpertId
+from kernels.expert_ffn import Addresses
+
+ABSENT = -1  # in the table
+GROUP = 16  # experts of a prompt that are computed together, at most
+IDLE_COPIES = 8  # idle time of PCIe that is remembered, in copies of one expert
+REMEMBERED_COPIES = 256  # before those that have ended are forgotten
+
+
+@dataclass(slots=True)
+class VramCounters(CacheCounters):
+    """`hits` and `misses` are VRAM's; reads, their bytes and the time waited for them are RAM's below.
+    `prefetch_*`: guesses copied to VRAM."""
+
+    ram_hits: int = 0  # of the misses, those that RAM held
+    cpu_experts: int = 0  # of the misses, those computed on the CPU
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+class VramCache:
+    """Not thread-safe; one computation at a time. Layers are named as the model does, table rows count those
+    with experts."""
+
+    def __init__(
+        self,
+        ram: ExpertCache,
+        policy: CachePolicy,
+        geometry: Geometry,
+        engine: CopyEngine,
+        table: NDArray[np.int32],
+        placement: Placement | None,
+        spare: int,
+    ) -> None:
+        """`ram` is empty yet, and closed with this. `table` [layers with experts, E] is filled with each
+        expert's slot or -1. `spare`: slots beyond the policy's capacity, for what is on its way."""
+        self.policy, self.ram, self.placement = policy, ram, placement
+        self._counters = VramCounters()
+        self._up = Residency(policy, geometry, spare)
+        self.slots = self._up.slots + spare
+        self._experts = geometry.layers * geometry.experts
+        assert engine.slots >= self.slots and table.shape == (geometry.layers, geometry.experts)
+        assert spare or self.slots >= self._experts, "what comes needs a slot before its victim's is free"
+        self._engine, self._table = engine, table
+        self._ordinals = {layer: ordinal for ordinal, layer in enumerate(ram.layers)}
+        self._pinned = ram.arena
+        engine.pin(*self._pinned)
+        ram.serve_above(geometry.capacity, self._await_copy)
+        # With room for all, nobody ever leaves: a policy need not watch.
+        self._ram_evicts = ram.slots + self.slots < self._experts
+        self._evicts = self.slots < self._experts
+        self._slots: dict[ExpertId, int] = {}  # of residents, also those whose copy is on its way
+        self._ready: dict[int, set[int]] = {layer: set() for layer in ram.layers}  # those in the table
+        self._ready_of = list(self._ready.values())  # by ordinal
+        self._free = deque(range(self.slots))  # first in, first out
+        self._unlisted: dict[ExpertId, Ticket] = {}  # residents not in the table yet, and their copies
+        self._staged: dict[ExpertId, tuple[int, Ticket]] = {}  # guesses: slot, copy
+        self._falling: deque[tuple[ExpertId, int]] = deque()  # (victim that goes down, its slot)
+        self._copying: dict[ExpertId, Ticket] = {}  # the last copy from or to an expert's RAM slot
+        self._emptying: dict[int, Ticket] = {}  # slots that are being copied out
+        self._last_in: Ticket = 0
+        self._idle_s = 0.0  # of PCIe by the cost model: for what the CPU computed and VRAM should have
+        self._wanted: tuple[list[ExpertId], int] | None = None  # guesses that wait for the event's end
+        self._chunk: ChunkPlan | None = None
+        self._open = False  # an event has begun and not been settled
+        self._event = 0  # counts up: a generator left over from an earlier event must not end a later one
+        table.fill(ABSENT)
+
+    @property
+    def counters(self) -> VramCounters:
+        """What happened so far; add to `hits` for events that were not shown."""
+        mine, ram = self._counters, self.ram.counters
+        mine.bytes_read, mine.stall_s, mine.read_s = ram.bytes_read, ram.stall_s, ram.read_s
+        return mine
+
+    @property
+    def resident(self) -> frozenset[ExpertId]:
+        """The experts in VRAM; layers are counted among those with experts."""
+        return self._up.residents
+
+    @property
+    def is_complete(self) -> bool:
+        """Every expert is in VRAM, and in the table."""
+        return len(self._slots) == self._experts and not self._unlisted and not self._open
+
+    # One token
+
+    def all_resident(self, layer: int, ids: Collection[int]) -> bool:
+        """Whether the table has all of a layer's routed experts."""
+        return self._ready[layer].issuperset(ids) and not self._open
+
+    def hit_event(
+        self,
+        layer: int,
+        ids: Sequence[int],
+        weights: Sequence[float],
+        scores: Sequence[float] | None = None,
+        token: int = -1,
+    ) -> None:
+        """Book an event whose experts were all in the table. Changes no table."""
+        self._end_event()
+        ordinal = self._ordinals[layer]
+        self._counters.hits += len(ids)
+        self._observe_below(ordinal, ids, weights, scores, token)
+        if self._evicts:
+            self._open = True
+            self._up.look_up(ordinal, ids, weights, scores, token)
+            self._up.settle()
+            self._open = False
+        self._give_up_guesses(ordinal)
+
+    def fetch(
+        self,
+        layer: int,
+        ids: Sequence[int],
+        weights: Sequence[float],
+        scores: Sequence[float] | None = None,
+        token: int = -1,
+    ) -> "MissEvent":
+        """Begin an event of which an expert is not in the table. Copies of what RAM holds are under way when
+        this returns, and reads of the rest."""
+        recovered = self._begin_event()
+        ordinal = self._ordinals[layer]
+        missing = self._up.look_up(ordinal, ids, weights, scores, token)
+        self._observe_below(ordinal, ids, weights, scores, token)
+        in_ram = [key for key in missing if key in self.ram.lower]
+        on_cpu = frozenset(in_ram[len(in_ram) - self._share_of_cpu(len(in_ram)) :])
+        self._counters.hits += len(ids) - len(missing)
+        self._counters.misses += len(missing)
+        self._counters.ram_hits += len(in_ram)
+        self.ram.counters.hits += len(in_ram)
+        self.ram.counters.misses += len(missing) - len(in_ram)
+        self._counters.cpu_experts += len(on_cpu)
+        rising = [key for key in missing if key not in on_cpu]
+        leaving = self._up.make_room(ordinal, len(rising)) if rising else []
+        guessed = [key for key in rising if key in self._staged]
+        if missing:
+            self._leave(leaving, self.ram.begin_below(missing, rising, leaving, guessed))
+        for key in guessed:
+            self._admit_guess(key)
+        self._give_up_guesses(ordinal)
+        # What the table holds again, the GPU may have looked for in vain.
+        return MissEvent(self, ordinal, ids, missing, on_cpu, doubtful=recovered)
+
+    def prefetch(self, guesses: Iterable[ExpertId], at_most: int) -> None:
+        """Copy guesses that are in RAM to spare slots, and have the others read into RAM's, in the order
+        given; they evict nothing. While an event goes on they wait for its end."""
+        keys = [(self._ordinals[layer], expert) for layer, expert in guesses]
+        if self._open:
+            self._wanted = keys, at_most
+        else:
+            self._send_guesses(keys, at_most)
+
+    # A prompt
+
+    def observe(
+        self,
+        layer: int,
+        routed: Sequence[Sequence[int]],
+        weights: Sequence[Sequence[float]],
+        scores: NDArray[np.float32] | None = None,
+        tokens: Sequence[int] | None = None,
+    ) -> None:
+        """Show both policies the tokens of a chunk, as `ExpertCache.observe` does."""
+        self._end_event()
+        ordinal = self._ordinals[layer]
+        self.ram.observe(layer, routed, weights, scores, tokens)
+        for i, (ids, w) in enumerate(zip(routed, weights, strict=True)):
+            self.policy.step(
+                ordinal, ids, w, None if scores is None else scores[i], -1 if tokens is None else tokens[i]
+            )
+
+    def stream(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+        """One prefill event: groups of (expert, slot), every expert once, those in VRAM first.
+
+        The compute stream waits for a group's copies; when the next group is asked for, what computes this
+        one must have been enqueued. `experts`: each once, in `serving_order`. Raises ReadError; both tiers
+        stay usable.
+        """
+        self._begin_event()
+        self._drop_guesses(self._staged)
+        ordinal = self._ordinals[layer]
+        plan = self._chunk = self._up.begin_chunk(ordinal, experts)
+        leaving = [key for key in plan.hits if key in plan.leaving]
+        down, reads = self.ram.begin_chunk_below(
+            ordinal, plan.passing, plan.staying, [*plan.victims, *leaving]
+        )
+        here = deque(key for key in (*plan.passing, *plan.staying) if self.ram.holds(key))
+        self._counters.hits += len(plan.hits)
+        self._counters.misses += len(here) + len(reads)
+        self._counters.ram_hits += len(here)
+        self._engine.copies_wait_for_compute()
+        self._leave(plan.victims, down)
+        self._let_fall()
+        for key in leaving:  # while they are being computed
+            if key in down:
+                self._copy_out(key, self._slots[key])
+        with self._recovering():
+            yield from self._groups(plan, here, deque(reads))
+        self._up.chunk_served(plan)
+        self._chunk = None
+        self.ram.end_event()
+        self._open = False
+
+    def _groups(
+        self, plan: ChunkPlan, here: deque[ExpertId], reads: deque[ExpertId]
+    ) -> Iterator[list[tuple[int, int]]]:
+        """The groups of a chunk; while one is computed the next is copied."""
+        staying = set(plan.staying)
+        ready = [(key, self._slots[key]) for key in plan.hits]
+        while True:
+            coming = self._copy_group(here, reads, staying, wait=not ready)
+            if ready:
+                self._list(key for key, _ in ready)
+                yield [(key[1], slot) for key, slot in ready]
+                for key, slot in ready:
+                    if key in plan.leaving:
+                        self._leave([key], ())
+                    elif key not in self._slots:
+                        self._free.append(slot)
+                self._engine.copies_wait_for_compute()
+            elif not coming:
+                assert not here and not reads, "no slot is free for what must come"
+                return
+            ready = coming
+
+    def _copy_group(
+        self, here: deque[ExpertId], reads: deque[ExpertId], staying: Collection[ExpertId], wait: bool
+    ) -> list[tuple[ExpertId, int]]:
+        """Copy what is in RAM, as far as it is and slots are free; `wait` for at least one. Half of the slots
+        are for the group after this."""
+        group: list[tuple[ExpertId, int]] = []
+        most = min(GROUP, (len(self._free) + 1) // 2)
+        while len(group) < most:
+            self.ram.read_ahead(reads)
+            if not here:
+                here.extend(self.ram.arrivals(wait and not group))
+            if not here:
+                break
+            key = here.popleft()
+            slot, self._unlisted[key] = self._copy_in(key)
+            if key in staying:
+                self._slots[key] = slot
+            self.ram.copied(key)
+            group.append((key, slot))
+        return group
+
+    # The end of an event, and of everything
+
+    def evict_all(self) -> None:
+        """Empty every slot of both tiers, for a cold start; the policies keep what they learnt."""
+        self._end_event()
+        self._drop_guesses(self._staged)
+        self._leave(self._up.evict_all(), ())
+        self.ram.evict_all()
+
+    def close(self) -> None:
+        """Stop copying and reading, and give the memory back."""
+        self.evict_all()
+        self._engine.unpin(self._pinned[0])
+        self._engine.close()
+        self.ram.close()
+
+    def _begin_event(self) -> bool:
+        """Whether the one before had to be ended."""
+        recovered = self._end_event()
+        self._event += 1
+        self._open = True
+        return recovered
+
+    def _end_event(self) -> bool:
+        """Make ids, slots and table agree after an event that an error or Ctrl-C cut short, if one was."""
+        if not self._open:
+            return False
+        self.ram.end_event()
+        self._engine.wait(self._engine.mark())
+        self._engine.wait(self._engine.mark_out())
+        for moving in (self._copying, self._emptying, self._unlisted, self._staged, self._falling):
+            moving.clear()
+        if self._chunk is not None:
+            lost = [key for key in self._chunk.staying if key not in self._slots]
+            self._up.chunk_served(self._chunk, lost)
+            self._chunk = None
+        self._up.settle()
+        for key in self._up.residents.symmetric_difference(self._slots):
+            self._up.forget(key)
+            self._slots.pop(key, None)
+        taken = set(self._slots.values())
+        self._free = deque(slot for slot in range(self.slots) if slot not in taken)
+        self._table.fill(ABSENT)
+        for ready in self._ready.values():
+            ready.clear()
+        self._unlisted.update(dict.fromkeys(self._slots, 0))
+        self._list(self._slots)
+        self.ram.reconcile(self._slots)
+        self._wanted = None
+        self._open = False
+        return True
+
+    @contextmanager
+    def _recovering(self) -> Iterator[None]:
+        """An error leaves both tiers in order before it goes up."""
+        event = self._event
+        try:
+            yield
+        except BaseException:
+            if event == self._event:
+                self._end_event()
+            raise
+
+    def _settle(self, on_cpu: Sequence[ExpertId]) -> None:
+        self.ram.end_event()
+        self._let_fall()
+        self._promote(on_cpu)
+        self._up.settle()
+        self._open = False
+        if len(self._copying) > REMEMBERED_COPIES:
+            self._copying = {k: t for k, t in self._copying.items() if not self._engine.is_done(t)}
+        if self._wanted is not None:
+            wanted, self._wanted = self._wanted, None
+            self._send_guesses(*wanted)
+
+    # Who goes and who comes
+
+    def _observe_below(
+        self,
+        ordinal: int,
+        ids: Sequence[int],
+        weights: Sequence[float],
+        scores: Sequence[float] | None,
+        token: int,
+    ) -> None:
+        if self._ram_evicts:
+            self.ram.policy.step(ordinal, ids, weights, scores, token)
+
+    def _share_of_cpu(self, misses: int) -> int:
+        """How many of the misses that are in RAM the CPU computes; PCIe's idle time is noted."""
+        if self.placement is None or not misses:
+            return 0
+        p, on_cpu = self.placement, self.placement.on_cpu(misses)
+        copying_s, computing_s = p.queues_s(misses - on_cpu, on_cpu)
+        self._idle_s = min(self._idle_s + max(0.0, computing_s - copying_s), IDLE_COPIES * p.copy_s)
+        return on_cpu
+
+    def _promote(self, on_cpu: Sequence[ExpertId]) -> None:
+        """Copy what the CPU has computed, as far as PCIe has had idle time and VRAM's policy prefers it to a
+        resident. No victim is of this event, which the GPU may still compute."""
+        for key in on_cpu:
+            assert self.placement is not None
+            if self._idle_s < self.placement.copy_s:
+                return
+            leaving = self._up.make_room_for(key)
+            if leaving is None:
+                continue
+            self._idle_s -= self.placement.copy_s
+            self._leave(leaving, self.ram.begin_below([key], [key], leaving, ()))
+            self._slots[key], self._unlisted[key] = self._copy_in(key)
+            self.ram.copied(key)
+            self.ram.end_event()
+            self._let_fall()
+
+    def _admit(self, key: ExpertId) -> None:
+        """A miss that RAM holds now."""
+        self._slots[key], self._unlisted[key] = self._copy_in(key)
+        self._up.arrived(key)
+        self.ram.copied(key)
+
+    def _leave(self, leaving: Iterable[ExpertId], down: Collection[ExpertId]) -> None:
+        """Give slots up: at once, or of those that go `down`, when they have been copied out."""
+        for key in leaving:
+            slot = self._slots.pop(key)
+            self._unlisted.pop(key, None)
+            layer, expert = key
+            self._table[layer, expert] = ABSENT
+            self._ready_of[layer].discard(expert)
+            if key in down:
+                self._falling.append((key, slot))
+            else:
+                self._free.append(slot)
+
+    def _list(self, keys: Iterable[ExpertId]) -> None:
+        """Enter residents in the table, once the compute stream waits for their copies."""
+        for key in keys:
+            ticket = self._unlisted.pop(key, None)
+            if ticket is None:
+                continue
+            self._engine.compute_waits(ticket)
+            slot = self._slots.get(key)
+            if slot is not None:
+                self._table[key] = slot
+                self._ready_of[key[0]].add(key[1])
+
+    # Guesses
+
+    def _send_guesses(self, keys: Iterable[ExpertId], at_most: int) -> None:
+        room = self._up.spare - 1 - len(self._staged)  # one for what an event brings
+        below: list[ExpertId] = []
+        for key in keys:
+            if at_most <= 0:
+                break
+            if key in self._up or key in self._staged:
+                continue
+            if not self.ram.holds(key):
+                below.append((self.ram.layers[key[0]], key[1]))
+            elif room > 0:
+                self._staged[key] = self._copy_in(key)
+                self._counters.prefetch_issued += 1
+                room, at_most = room - 1, at_most - 1
+        if below and at_most > 0:
+            self.ram.prefetch(below, at_most)
+
+    def _admit_guess(self, key: ExpertId) -> None:
+        """A miss that has been copied ahead, or is being copied."""
+        self._slots[key], self._unlisted[key] = slot_and_copy = self._staged.pop(key)
+        late = not self._engine.is_done(slot_and_copy[1])
+        self._counters.prefetch_late += late
+        self._counters.prefetch_hits += not late
+        self._up.arrived(key)
+        self.ram.copied(key)
+
+    def _give_up_guesses(self, ordinal: int) -> None:
+        """What a layer whose event has begun has not asked for."""
+        if self._staged:
+            self._drop_guesses([key for key in self._staged if key[0] == ordinal])
+        self.ram.give_up_guesses(ordinal)
+
+    def _drop_guesses(self, keys: Iterable[ExpertId]) -> None:
+        for key in list(keys):
+            slot, _ = self._staged.pop(key)
+            self._free.append(slot)
+            self._counters.prefetch_wasted += 1
+            self._counters.prefetch_bytes_wasted += self._engine.expert_bytes
+
+    # Copies
+
+    def _copy_in(self, key: ExpertId) -> tuple[int, Ticket]:
+        """RAM -> a free slot."""
+        slot = self._free_slot()
+        if (ticket := self._copying.get(key, 0)) < 0:  # it is only just coming down
+            self._engine.copies_in_wait(ticket)
+        self._engine.copy_in(slot, self.ram.addresses(key))
+        self._last_in = self._copying[key] = self._engine.mark()
+        self._counters.bytes_in += self._engine.expert_bytes
+        return slot, self._last_in
+
+    def _free_slot(self) -> int:
+        if not self._free:
+            self._fall_one()
+        slot = self._free.popleft()
+        if (ticket := self._emptying.pop(slot, 0)) and not self._engine.is_done(ticket):
+            self._engine.copies_in_wait(ticket)
+        return slot
+
+    def _let_fall(self) -> None:
+        while self._falling:
+            self._fall_one()
+
+    def _fall_one(self) -> None:
+        key, slot = self._falling.popleft()
+        self._copy_out(key, slot)
+        self._free.append(slot)
+
+    def _copy_out(self, key: ExpertId, slot: int) -> None:
+        """A slot -> RAM, behind whatever still reads the RAM slot or writes this one."""
+        self._engine.copies_out_wait(self._last_in)
+        self.ram.fall(key, lambda addresses: self._engine.copy_out(slot, addresses))
+        self._copying[key] = self._emptying[slot] = self._engine.mark_out()
+        self._counters.bytes_out += self._engine.expert_bytes
+
+    def _await_copy(self, key: ExpertId) -> None:
+        """An expert's RAM slot is about to be used otherwise."""
+        if ticket := self._copying.pop(key, 0):
+            self._engine.wait(ticket)
+
+    def _address_for_cpu(self, key: ExpertId) -> Addresses:
+        if (ticket := self._copying.get(key, 0)) < 0:
+            self._engine.wait(ticket)
+        return self.ram.addresses(key)
+
+
+class MissEvent:
+    """A decode event with misses, until it is settled: compute `cpu` on the CPU and `late` on the GPU."""
+
+    def __init__(
+        self, cache: VramCache, ordinal: int, ids: Sequence[int], missing: Sequence[ExpertId],
+        on_cpu: Collection[ExpertId], doubtful: bool,
+    ) -> None:  # fmt: skip
+        self._cache = cache
+        self._places = {(ordinal, expert): place for place, expert in enumerate(ids)}
+        self._on_cpu = [key for key in missing if key in on_cpu]
+        # Hits and guesses that are on their way, and what RAM holds.
+        on_their_way = cache._slots if doubtful else cache._unlisted
+        self._new = [key for key in self._places if key in on_their_way]
+        for key in missing:
+            if key not in on_cpu and cache.ram.holds(key) and key not in cache._slots:
+                cache._admit(key)
+                self._new.append(key)
+        self.cpu: list[tuple[int, Addresses]] = [
+            (self._places[key], cache._address_for_cpu(key)) for key in self._on_cpu
+        ]
+
+    def late(self) -> list[tuple[int, int]]:
+        """(place in the routed ids, slot) of all that was not in the table when the event began and is not
+        the CPU's. The compute stream waits for their copies; the table has them now. Raises ReadError."""
+        return [pair for batch in self.late_batches() for pair in batch]
+
+    def late_batches(self) -> Iterator[list[tuple[int, int]]]:
+        """`late` in parts: what RAM held, then what reads bring, as they end."""
+        cache = self._cache
+        while True:
+            if self._new:
+                new, self._new = self._new, []
+                cache._list(new)
+                yield [(self._places[key], cache._slots[key]) for key in new]
+            if not cache.ram.is_reading:
+                return
+            with cache._recovering():
+                for key in cache.ram.arrivals():
+                    cache._admit(key)
+                    self._new.append(key)
+
+    def settle(self) -> None:
+        """The event is over, on the host's side: the GPU may still compute it."""
+        self.late()
+        self._cache._settle(self._on_cpu)
