@@ -43,6 +43,9 @@ class VramCounters(CacheCounters):
     bytes_out: int = 0
 
 
+_Seen = tuple[Sequence[float], Sequence[float] | None, int]  # weights, scores, token of an event
+
+
 class VramCache:
     """Not thread-safe; one computation at a time. Layers are named as the model does, table rows count those
     with experts."""
@@ -143,29 +146,34 @@ class VramCache:
         token: int = -1,
     ) -> "MissEvent":
         """Begin an event of which an expert is not in the table. Copies of what RAM holds are under way when
-        this returns, and reads of the rest."""
+        this returns, and reads of the rest. `weights` and `scores` must stay as they are until it is settled.
+        """
         recovered = self._begin_event()
         ordinal = self._ordinals[layer]
-        missing = self._up.look_up(ordinal, ids, weights, scores, token)
-        self._observe_below(ordinal, ids, weights, scores, token)
+        missing = [key for expert in ids if (key := (ordinal, expert)) not in self._slots]
         in_ram = [key for key in missing if key in self.ram.lower]
-        on_cpu = frozenset(in_ram[len(in_ram) - self._share_of_cpu(len(in_ram)) :])
+        on_cpu = in_ram[len(in_ram) - self._share_of_cpu(len(in_ram)) :]
         self._counters.hits += len(ids) - len(missing)
         self._counters.misses += len(missing)
         self._counters.ram_hits += len(in_ram)
+        self._counters.cpu_experts += len(on_cpu)
         self.ram.counters.hits += len(in_ram)
         self.ram.counters.misses += len(missing) - len(in_ram)
-        self._counters.cpu_experts += len(on_cpu)
-        rising = [key for key in missing if key not in on_cpu]
-        leaving = self._up.make_room(ordinal, len(rising)) if rising else []
-        guessed = [key for key in rising if key in self._staged]
-        if missing:
-            self._leave(leaving, self.ram.begin_below(missing, rising, leaving, guessed))
-        for key in guessed:
-            self._admit_guess(key)
-        self._give_up_guesses(ordinal)
-        # What the table holds again, the GPU may have looked for in vain.
-        return MissEvent(self, ordinal, ids, missing, on_cpu, doubtful=recovered)
+        # What the table holds again after an error, the GPU may have looked for in vain.
+        on_its_way = self._slots if recovered else self._unlisted
+        waiting = [key for expert in ids if (key := (ordinal, expert)) in on_its_way]
+        event = MissEvent(self, ordinal, ids, (weights, scores, token), missing, on_cpu, waiting)
+        for key in event.rising:
+            if key in self._staged:
+                self._take_guess(key)
+            elif self.ram.holds(key) and self._free:
+                self._slots[key], self._unlisted[key] = self._copy_in(key)
+            else:
+                continue
+            waiting.append(key)
+        if any(key not in self._slots for key in event.rising):
+            self._decide(event)
+        return event
 
     def prefetch(self, guesses: Iterable[ExpertId], at_most: int) -> None:
         """Copy guesses that are in RAM to spare slots, and have the others read into RAM's, in the order
@@ -333,10 +341,12 @@ class VramCache:
                 self._end_event()
             raise
 
-    def _settle(self, on_cpu: Sequence[ExpertId]) -> None:
+    def _settle(self, event: "MissEvent") -> None:
+        if not event.is_decided:
+            self._decide(event)
         self.ram.end_event()
         self._let_fall()
-        self._promote(on_cpu)
+        self._promote(event.on_cpu)
         self._up.settle()
         self._open = False
         if len(self._copying) > REMEMBERED_COPIES:
@@ -346,6 +356,35 @@ class VramCache:
             self._send_guesses(*wanted)
 
     # Who goes and who comes
+
+    def _decide(self, event: "MissEvent") -> None:
+        """Ask both policies who leaves, and begin the event below. If what comes has slots already, that has
+        time until the GPU has been given the event's work."""
+        event.is_decided = True
+        ordinal, rising = event.ordinal, event.rising
+        self._observe_below(ordinal, event.ids, *event.seen)
+        self._up.look_up(ordinal, event.ids, *event.seen)
+        leaving = self._up.make_room(ordinal, len(rising)) if rising else []
+        if event.missing:
+            above = [key for key in rising if key in self._slots]
+            self._leave(leaving, self.ram.begin_below(event.missing, rising, leaving, above))
+        for key in rising:
+            if key in self._slots:
+                self._admit(key)
+            elif self.ram.holds(key):
+                self._bring(key)
+                event.waiting.append(key)
+        self._give_up_guesses(ordinal)
+
+    def _bring(self, key: ExpertId) -> None:
+        """A miss that RAM holds."""
+        self._slots[key], self._unlisted[key] = self._copy_in(key)
+        self._admit(key)
+
+    def _admit(self, key: ExpertId) -> None:
+        """A miss that has a slot is resident."""
+        self._up.arrived(key)
+        self.ram.copied(key)
 
     def _observe_below(
         self,
@@ -383,12 +422,6 @@ class VramCache:
             self.ram.copied(key)
             self.ram.end_event()
             self._let_fall()
-
-    def _admit(self, key: ExpertId) -> None:
-        """A miss that RAM holds now."""
-        self._slots[key], self._unlisted[key] = self._copy_in(key)
-        self._up.arrived(key)
-        self.ram.copied(key)
 
     def _leave(self, leaving: Iterable[ExpertId], down: Collection[ExpertId]) -> None:
         """Give slots up: at once, or of those that go `down`, when they have been copied out."""
@@ -434,14 +467,13 @@ class VramCache:
         if below and at_most > 0:
             self.ram.prefetch(below, at_most)
 
-    def _admit_guess(self, key: ExpertId) -> None:
+    def _take_guess(self, key: ExpertId) -> None:
         """A miss that has been copied ahead, or is being copied."""
-        self._slots[key], self._unlisted[key] = slot_and_copy = self._staged.pop(key)
-        late = not self._engine.is_done(slot_and_copy[1])
+        self._slots[key], ticket = self._staged.pop(key)
+        self._unlisted[key] = ticket
+        late = not self._engine.is_done(ticket)
         self._counters.prefetch_late += late
         self._counters.prefetch_hits += not late
-        self._up.arrived(key)
-        self.ram.copied(key)
 
     def _give_up_guesses(self, ordinal: int) -> None:
         """What a layer whose event has begun has not asked for."""
@@ -507,21 +539,17 @@ class MissEvent:
     """A decode event with misses, until it is settled: compute `cpu` on the CPU and `late` on the GPU."""
 
     def __init__(
-        self, cache: VramCache, ordinal: int, ids: Sequence[int], missing: Sequence[ExpertId],
-        on_cpu: Collection[ExpertId], doubtful: bool,
+        self, cache: VramCache, ordinal: int, ids: Sequence[int], seen: _Seen, missing: Sequence[ExpertId],
+        on_cpu: Sequence[ExpertId], waiting: list[ExpertId],
     ) -> None:  # fmt: skip
+        """`waiting`: what has a slot and has not been told to the caller; the cache adds to it."""
+        self.ordinal, self.ids, self.seen, self.missing, self.on_cpu = ordinal, ids, seen, missing, on_cpu
+        self.rising = [key for key in missing if key not in on_cpu]
+        self.waiting, self.is_decided = waiting, False
         self._cache = cache
         self._places = {(ordinal, expert): place for place, expert in enumerate(ids)}
-        self._on_cpu = [key for key in missing if key in on_cpu]
-        # Hits and guesses that are on their way, and what RAM holds.
-        on_their_way = cache._slots if doubtful else cache._unlisted
-        self._new = [key for key in self._places if key in on_their_way]
-        for key in missing:
-            if key not in on_cpu and cache.ram.holds(key) and key not in cache._slots:
-                cache._admit(key)
-                self._new.append(key)
         self.cpu: list[tuple[int, Addresses]] = [
-            (self._places[key], cache._address_for_cpu(key)) for key in self._on_cpu
+            (self._places[key], cache._address_for_cpu(key)) for key in on_cpu
         ]
 
     def late(self) -> list[tuple[int, int]]:
@@ -533,18 +561,19 @@ class MissEvent:
         """`late` in parts: what RAM held, then what reads bring, as they end."""
         cache = self._cache
         while True:
-            if self._new:
-                new, self._new = self._new, []
-                cache._list(new)
-                yield [(self._places[key], cache._slots[key]) for key in new]
+            if self.waiting:
+                batch = [(self._places[key], cache._slots[key]) for key in self.waiting]
+                cache._list(self.waiting)
+                self.waiting.clear()
+                yield batch
             if not cache.ram.is_reading:
                 return
             with cache._recovering():
                 for key in cache.ram.arrivals():
-                    cache._admit(key)
-                    self._new.append(key)
+                    cache._bring(key)
+                    self.waiting.append(key)
 
     def settle(self) -> None:
         """The event is over, on the host's side: the GPU may still compute it."""
         self.late()
-        self._cache._settle(self._on_cpu)
+        self._cache._settle(self)
