@@ -29,12 +29,13 @@ class LowerTier(Residency):
     def __init__(self, policy: CachePolicy, geometry: Geometry, spare: int, above: int) -> None:
         """`above`: the upper tier's capacity, counted as `geometry.capacity` is."""
         everything = geometry.experts * (1 if geometry.per_layer else geometry.layers)
+        all_fit = geometry.capacity + above >= everything
         # Where the drive is read all the time, slots are kept for what is on its way up; else a read would
         # have to evict before it is known whether somebody better comes down.
-        flow = 0
-        if geometry.capacity + above < everything:
-            flow = min(geometry.top_k, geometry.capacity // 16, geometry.capacity - geometry.top_k)
-        super().__init__(policy, replace(geometry, capacity=geometry.capacity - flow), spare)
+        flow = min(geometry.top_k, geometry.capacity // 16, geometry.capacity - geometry.top_k)
+        super().__init__(policy, replace(geometry, capacity=geometry.capacity - flow * (not all_fit)), spare)
+        if all_fit:
+            self._share = geometry.experts
         self._room = geometry.capacity
         self._rising: Collection[ExpertId] = ()
 
@@ -74,20 +75,19 @@ class LowerTier(Residency):
         """One layer of a prefill chunk. Of the experts that the upper tier lacks, `rising` stay there and
         `passing` do not; `leaving` is what it gives up.
 
-        The plan is that of what will not be above; its hits and passing are served from here as they come.
-        Falling experts come down before anything is read, as far as there is room.
+        The plan is that of what will not be above. What is here and rises or leaves must be copied up before
+        all else: then there is room for what falls, and one slot at least to read through.
         """
-        rising_here = [key for key in rising if key in self]
         missing = [key for key in (*passing, *rising) if key not in self]
         for key in rising:
-            if key in rising_here:
+            if key in self:
                 self._remove(key)
             else:
                 self.policy.inserted(key)
         plan, falling, victims = self._plan_chunk(layer, passing, leaving)
-        # Slots that are free, once those that rise and one that is read through have theirs.
-        free = self._room + self.spare - self._count(layer) - len(rising_here) - bool(missing)
-        if free < 0 and not rising_here:
+        others = [key for key in falling if key[0] != layer]  # which are counted
+        free = self._room + self.spare - self._count(layer) + len(others) + len(plan.leaving) - bool(missing)
+        if free < 0:
             plan = self._vacate(plan, layer, victims)
         cut = falling[max(0, free) :]
         if cut:
@@ -112,8 +112,6 @@ class LowerTier(Residency):
         """A budget of a few slots: one expert must go, so that others can be read. Adds to `victims`, or to
         what leaves once it has been served."""
         candidates = {**self._pools[layer], **self.held}.keys() - plan.leaving
-        if plan.leaving or not candidates:
-            return plan
         (victim,) = self.policy.victims(candidates, 1)
         if victim in self.held:
             return replace(plan, leaving=plan.leaving | {victim})

@@ -46,12 +46,13 @@ class Residency:
         shared: dict[ExpertId, None] = {}
         self._pools = [{} if geometry.per_layer else shared for _ in range(geometry.layers)]
         self._of_layer: list[set[ExpertId]] = [set() for _ in range(geometry.layers)]
+        self._share = self.slots // geometry.layers  # of a layer, in prefill
         self._reads_ahead = max(1, min(PREFILL_READS_AHEAD, self.slots // 16))
 
     @property
     def slots(self) -> int:
         """Room for this many experts in all."""
-        return self.geometry.capacity * (self.geometry.layers if self.geometry.per_layer else 1)
+        return self.geometry.capacity * self._pool_count
 
     def __contains__(self, expert: ExpertId) -> bool:
         return expert in self._of_layer[expert[0]]
@@ -139,7 +140,7 @@ class Residency:
         hits = [key for key in needed if key in mine]
         missing = [key for key in needed if key not in mine]
         together = mine.union(needed)
-        share = max(self.slots // self.geometry.layers, len(mine))
+        share = max(self._share, len(mine))
         for key in missing:
             self.policy.inserted(key)
         gone = set(self.policy.victims(together, max(0, len(together) - share)))
@@ -185,18 +186,31 @@ class Residency:
             self._remove(key)
         self.settle()
 
-    def forget(self, key: ExpertId) -> None:
-        """An expert is not resident after all; the policy is not told."""
-        self._remove(key)
+    def recover(self, present: Collection[ExpertId]) -> list[ExpertId]:
+        """After an event that was cut short anywhere: nothing is held, and who is not `present` is not
+        resident. Returns victims, should there be too many."""
+        self.held.clear()
+        found = [key for key in sorted(self.residents) if key in present]
+        for layer in range(self.geometry.layers):
+            self._pools[layer].clear()
+            self._of_layer[layer].clear()
+        for key in found:
+            self._pools[key[0]][key] = None
+            self._of_layer[key[0]].add(key)
+        pools = range(self._pool_count)
+        surplus = ((layer, len(self._pools[layer]) - self.geometry.capacity) for layer in pools)
+        return [key for layer, n in surplus if n > 0 for key in self._evict(layer, n)]
 
     def evict_all(self) -> list[ExpertId]:
         """Empty the cache; the policy keeps what it learnt."""
         self.settle()
         return [
-            key
-            for layer in range(self.geometry.layers if self.geometry.per_layer else 1)
-            for key in self._evict(layer, len(self._pools[layer]))
+            key for layer in range(self._pool_count) for key in self._evict(layer, len(self._pools[layer]))
         ]
+
+    @property
+    def _pool_count(self) -> int:
+        return self.geometry.layers if self.geometry.per_layer else 1
 
     def _remove(self, key: ExpertId) -> None:
         self.held.pop(key, None)

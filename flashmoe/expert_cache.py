@@ -335,7 +335,8 @@ class ExpertCache:
     def give_up_guesses(self, ordinal: int) -> None:
         """Those of a layer whose event has begun."""
         if self._guesses or self._staged:
-            self._file_arrivals()
+            if not self._in_flight:
+                self._file_arrivals()
             self._drop_guesses(lambda key: key[0] == ordinal)
 
     def begin_chunk_below(
@@ -354,9 +355,9 @@ class ExpertCache:
         self._make_way(leaving, descent)
         return self._come_down(descent.falling), descent.missing
 
-    def read_ahead(self, pending: deque[ExpertId]) -> None:
-        """Ask for what a chunk lacks, as far as slots are free or hold copies."""
-        while pending and (self._free or self._copies):
+    def read_ahead(self, pending: deque[ExpertId], reserved: int) -> None:
+        """Ask for what a chunk lacks, as far as slots are free or hold copies, beyond those `reserved`."""
+        while pending and len(self._free) + len(self._copies) > reserved:
             self._submit(pending.popleft())
 
     @property
@@ -391,9 +392,9 @@ class ExpertCache:
         """After an event that was cut short, with no copy under way: make slots and residents agree with each
         other and with who is `above`."""
         self._end_event()
-        for key in self.lower.residents.difference(self._residents):
-            self.lower.forget(key)
         self._copies.clear()
+        for key in self.lower.recover(self._residents):
+            self._drop(key)
         for key in [key for key in self._residents if key not in self.lower]:
             if key in above:
                 self._copies[key] = None

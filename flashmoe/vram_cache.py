@@ -130,12 +130,12 @@ class VramCache:
         ordinal = self._ordinals[layer]
         self._counters.hits += len(ids)
         self._observe_below(ordinal, ids, weights, scores, token)
+        self._open = True
         if self._evicts:
-            self._open = True
             self._up.look_up(ordinal, ids, weights, scores, token)
             self._up.settle()
-            self._open = False
         self._give_up_guesses(ordinal)
+        self._open = False
 
     def fetch(
         self,
@@ -182,7 +182,9 @@ class VramCache:
         if self._open:
             self._wanted = keys, at_most
         else:
+            self._begin_event()
             self._send_guesses(keys, at_most)
+            self._open = False
 
     # A prompt
 
@@ -218,37 +220,35 @@ class VramCache:
         down, reads = self.ram.begin_chunk_below(
             ordinal, plan.passing, plan.staying, [*plan.victims, *leaving]
         )
-        here = deque(key for key in (*plan.passing, *plan.staying) if self.ram.holds(key))
+        here = deque(key for key in (*plan.staying, *plan.passing) if self.ram.holds(key))
         self._counters.hits += len(plan.hits)
         self._counters.misses += len(here) + len(reads)
         self._counters.ram_hits += len(here)
         self._engine.copies_wait_for_compute()
         self._leave(plan.victims, down)
-        self._let_fall()
-        for key in leaving:  # while they are being computed
-            if key in down:
-                self._copy_out(key, self._slots[key])
         with self._recovering():
-            yield from self._groups(plan, here, deque(reads))
-        self._up.chunk_served(plan)
-        self._chunk = None
-        self.ram.end_event()
-        self._open = False
+            yield from self._groups(plan, down, here, deque(reads))
+            self._let_fall()
+            self._up.chunk_served(plan)
+            self._chunk = None
+            self.ram.end_event()
+            self._open = False
 
     def _groups(
-        self, plan: ChunkPlan, here: deque[ExpertId], reads: deque[ExpertId]
+        self, plan: ChunkPlan, down: Collection[ExpertId], here: deque[ExpertId], reads: deque[ExpertId]
     ) -> Iterator[list[tuple[int, int]]]:
         """The groups of a chunk; while one is computed the next is copied."""
-        staying = set(plan.staying)
+        staying, to_fall = set(plan.staying), len(plan.leaving.intersection(down))
         ready = [(key, self._slots[key]) for key in plan.hits]
         while True:
-            coming = self._copy_group(here, reads, staying, wait=not ready)
+            coming = self._copy_group(here, reads, staying, to_fall, wait=not ready)
             if ready:
                 self._list(key for key, _ in ready)
                 yield [(key[1], slot) for key, slot in ready]
                 for key, slot in ready:
                     if key in plan.leaving:
-                        self._leave([key], ())
+                        self._leave([key], down)
+                        to_fall = 0
                     elif key not in self._slots:
                         self._free.append(slot)
                 self._engine.copies_wait_for_compute()
@@ -258,14 +258,15 @@ class VramCache:
             ready = coming
 
     def _copy_group(
-        self, here: deque[ExpertId], reads: deque[ExpertId], staying: Collection[ExpertId], wait: bool
+        self, here: deque[ExpertId], reads: deque[ExpertId], staying: Collection[ExpertId], to_fall: int,
+        wait: bool,
     ) -> list[tuple[ExpertId, int]]:
         """Copy what is in RAM, as far as it is and slots are free; `wait` for at least one. Half of the slots
-        are for the group after this."""
+        are for the group after this. RAM slots for what falls, and `to_fall` later, are not read into."""
         group: list[tuple[ExpertId, int]] = []
-        most = min(GROUP, (len(self._free) + 1) // 2)
+        most = min(GROUP, (len(self._free) + len(self._falling) + 1) // 2)
         while len(group) < most:
-            self.ram.read_ahead(reads)
+            self.ram.read_ahead(reads, len(self._falling) + to_fall)
             if not here:
                 here.extend(self.ram.arrivals(wait and not group))
             if not here:
@@ -286,6 +287,7 @@ class VramCache:
         self._drop_guesses(self._staged)
         self._leave(self._up.evict_all(), ())
         self.ram.evict_all()
+        self._open = False
 
     def close(self) -> None:
         """Stop copying and reading, and give the memory back."""
@@ -314,10 +316,8 @@ class VramCache:
             lost = [key for key in self._chunk.staying if key not in self._slots]
             self._up.chunk_served(self._chunk, lost)
             self._chunk = None
-        self._up.settle()
-        for key in self._up.residents.symmetric_difference(self._slots):
-            self._up.forget(key)
-            self._slots.pop(key, None)
+        self._up.recover(self._slots)
+        self._slots = {key: slot for key, slot in self._slots.items() if key in self._up}
         taken = set(self._slots.values())
         self._free = deque(slot for slot in range(self.slots) if slot not in taken)
         self._table.fill(ABSENT)
@@ -348,12 +348,12 @@ class VramCache:
         self._let_fall()
         self._promote(event.on_cpu)
         self._up.settle()
-        self._open = False
         if len(self._copying) > REMEMBERED_COPIES:
             self._copying = {k: t for k, t in self._copying.items() if not self._engine.is_done(t)}
         if self._wanted is not None:
             wanted, self._wanted = self._wanted, None
             self._send_guesses(*wanted)
+        self._open = False
 
     # Who goes and who comes
 

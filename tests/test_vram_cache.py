@@ -5,9 +5,11 @@ somebody waits for it, or at random: whatever is not ordered by the code under t
 """
 
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ from test_prefetch import PatientDrive
 
 from cache_policies.policy import Geometry
 from cache_policies.registry import POLICY_NAMES, make_policy
+from cache_policies.replay import replay, serving_order
+from cache_policies.routing_trace import RoutingTrace
 from flashmoe.copy_engine import HostCopyEngine, Ticket
 from flashmoe.expert_cache import ExpertCache
 from flashmoe.expert_placement import Placement
@@ -136,6 +140,7 @@ class Tiers:
     drive: TwoWayDrive
     engine: LazyEngine
     table: np.ndarray
+    after_error: bool = False  # an event was cut short, and none has begun since
 
     def decode(self, layer: int, routed: Sequence[int], token: int = -1) -> list[int]:
         """One token's event; the bytes of every expert are checked when the GPU computes it. Returns those
@@ -147,6 +152,8 @@ class Tiers:
             self.cache.hit_event(layer, routed, weights, None, token)
             return []
         found = [int(self.table[layer, e]) for e in routed]
+        if self.after_error:
+            found, self.after_error = [ABSENT] * len(routed), False  # `late` then has them all
         event = self.cache.fetch(layer, routed, weights, None, token)
         self._compute(layer, [(e, s) for e, s in zip(routed, found, strict=True) if s != ABSENT])
         for place, addresses in event.cpu:
@@ -154,9 +161,8 @@ class Tiers:
         late = event.late()
         self._compute(layer, [(routed[place], slot) for place, slot in late])
         on_cpu = {place for place, _ in event.cpu}
-        assert sorted([*on_cpu, *(p for p, _ in late), *(p for p, s in enumerate(found) if s >= 0)]) == list(
-            range(len(routed))
-        )
+        served = [*on_cpu, *(place for place, _ in late), *(p for p, slot in enumerate(found) if slot >= 0)]
+        assert sorted(served) == list(range(len(routed)))
         assert all(self.table[layer, e] >= 0 for p, e in enumerate(routed) if p not in on_cpu)
         event.settle()
         return [routed[place] for place in sorted(on_cpu)]
@@ -267,3 +273,261 @@ def test_any_mix_of_events_computes_with_the_right_bytes_within_the_slots(
         tiers.check()
     tiers.cache.close()
     assert tiers.engine.pinned == []
+
+
+def serve(tiers: Tiers, seed: int, events: int = 60) -> None:
+    """A trace in which a few experts of each layer are used often, and now and then a prompt."""
+    draw = random.Random(seed)
+    for event in range(events):
+        layer = event % LAYERS
+        weights = [1 / (1 + (expert - layer) % EXPERTS) for expert in range(EXPERTS)]
+        routed = list(dict.fromkeys(draw.choices(range(EXPERTS), weights, k=2)))
+        if event % 17 == 16:
+            tiers.prefill(layer, draw.sample(range(EXPERTS), 5))
+        else:
+            tiers.decode(layer, routed)
+
+
+def who_is_where(tiers: Tiers) -> tuple[frozenset[tuple[int, int]], frozenset[tuple[int, int]], int, int]:
+    c = tiers.cache.counters
+    return tiers.cache.resident, tiers.cache.ram.lower.residents, c.hits, c.misses
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+def test_who_is_where_does_not_depend_on_when_copies_and_reads_end(policy: str) -> None:
+    found = set()
+    for seed in range(4):
+        tiers = make_tiers(7, 9, policy, ram_spare=2, seed=seed)
+        tiers.drive.last_in_first_out = seed % 2 == 1
+        serve(tiers, 1)
+        found.add(who_is_where(tiers))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu-aged", "sieve"])
+def test_guesses_change_nothing_but_the_time(policy: str) -> None:
+    plain, guessing = (make_tiers(7, 9, policy, ram_spare=2, seed=seed) for seed in range(2))
+    serve(plain, 3)
+    draw = random.Random(5)
+    decode = guessing.decode
+
+    def with_guesses(layer: int, routed: Sequence[int], token: int = -1) -> list[int]:
+        guesses = [(layer, draw.choice(routed)), (layer, draw.randrange(EXPERTS)), ((layer + 1) % LAYERS, 0)]
+        guessing.cache.prefetch(guesses, draw.randrange(4))
+        guessing.drive.begun = draw.random() < 0.5
+        if draw.random() < 0.5:
+            guessing.drive.arrive()
+        return decode(layer, routed, token)
+
+    guessing.decode = with_guesses  # type: ignore[method-assign]
+    serve(guessing, 3)
+    assert who_is_where(guessing) == who_is_where(plain)
+    c = guessing.cache.counters
+    assert c.prefetch_hits + c.prefetch_late > 3 and c.prefetch_wasted > 0
+    assert guessing.cache.ram.counters.prefetch_issued > 3
+    guessing.check()
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize(("vram", "ram", "spare"), [(2, 24, 1), (5, 9, 3), (12, 12, 2), (24, 3, 0)])
+def test_hits_are_those_of_a_replay(policy: str, vram: int, ram: int, spare: int) -> None:
+    rows = np.random.default_rng(0).permuted(np.tile(np.arange(EXPERTS), (60, LAYERS, 1)), axis=2)[:, :, :2]
+    forwards = np.array([0, 20, *range(21, 61)])
+    trace = RoutingTrace("random", EXPERTS, rows, np.array([0, 60]), forwards, ("random",))
+    geometry = Geometry(LAYERS, EXPERTS, TOP_K, vram)
+    counts = replay(trace, make_policy(policy, geometry), geometry, spare)
+    tiers = make_tiers(vram, ram, policy, "lru", spare)
+    for begin, end, is_chunk in trace.spans():
+        for layer in range(LAYERS):
+            if is_chunk:
+                routed = rows[begin:end, layer]
+                tiers.cache.observe(layer, routed.tolist(), [[1.0] * 2] * (end - begin))
+                for group in tiers.cache.stream(layer, serving_order(routed)):
+                    tiers._compute(layer, group)
+        for token in range(begin, end if not is_chunk else begin):
+            for layer in range(LAYERS):
+                tiers.decode(layer, rows[token, layer].tolist())
+    c = tiers.cache.counters
+    assert (c.hits, c.misses) == (counts.hits, counts.misses)
+    tiers.check()
+
+
+@pytest.mark.parametrize("spare", [1, 3])
+def test_two_tiers_that_hold_all_experts_together_read_each_of_them_once(spare: int) -> None:
+    tiers = make_tiers(10, 14, spare=spare)
+    for layer in range(LAYERS):
+        for expert in range(0, EXPERTS, 2):
+            tiers.decode(layer, [expert, expert + 1])
+    asked = len(tiers.drive.asked)
+    serve(tiers, 4)
+    assert len(tiers.drive.asked) == asked == 24
+    assert tiers.cache.counters.bytes_out > 0
+    tiers.check()
+
+
+def test_nothing_is_copied_out_while_ram_has_everything() -> None:
+    tiers = make_tiers(6, 24)
+    serve(tiers, 5)
+    assert tiers.engine.copied_out == 0 and len(tiers.drive.asked) == len(set(tiers.drive.asked)) <= 24
+    assert tiers.cache.ram._residents.keys() == tiers.cache.resident | tiers.cache.ram.lower.residents
+
+
+def test_what_falls_keeps_its_bytes_and_is_not_read_again() -> None:
+    tiers = make_tiers(2, 2)
+    tiers.decode(0, [0, 1])
+    tiers.decode(0, [2, 3])  # read into the only two slots, where 0 and 1 had their copies
+    assert tiers.engine.copied_out == 2
+    tiers.decode(0, [0, 1])
+    assert len(tiers.drive.asked) == 4
+    tiers.check()
+
+
+def test_ram_keeps_what_its_policy_wants_and_not_all_that_falls() -> None:
+    """LFU below LRU: experts used once push nobody out of RAM who is used often."""
+    tiers = make_tiers(2, 17, "lru", "lfu")
+    often = [(layer, expert) for layer in (0, 1) for expert in range(EXPERTS)]
+    for key in often * 3:
+        tiers.decode(key[0], [key[1]])
+    for expert in range(EXPERTS):
+        tiers.decode(2, [expert])
+        tiers.check()
+    assert set(often) <= tiers.cache.ram.lower.residents
+
+
+def test_a_right_guess_needs_no_copy_when_its_layer_asks_and_a_wrong_one_is_dropped() -> None:
+    tiers = make_tiers(4, 24)
+    tiers.prefill(1, range(EXPERTS))
+    resident = tiers.cache.resident
+    absent = [expert for expert in range(EXPERTS) if (1, expert) not in resident]
+    tiers.cache.prefetch([(1, absent[0]), (1, absent[1]), (0, 5)], 3)
+    assert tiers.cache.resident == resident and not tiers.cache.all_resident(1, [absent[0]])
+    assert list(tiers.drive.waiting) == []  # no slot of RAM is for guesses
+    copied = tiers.cache.counters.bytes_in
+    tiers.decode(1, [absent[0]])
+    c = tiers.cache.counters
+    assert c.bytes_in == copied and (c.prefetch_issued, c.prefetch_wasted) == (2, 1)
+    assert c.prefetch_hits + c.prefetch_late == 1 and (1, absent[0]) in tiers.cache.resident
+    tiers.check()
+
+
+def test_guesses_of_an_event_that_goes_on_wait_for_its_end() -> None:
+    tiers = make_tiers(4, 24)
+    tiers.prefill(0, range(EXPERTS))
+    event = tiers.cache.fetch(1, [1, 2], [1.0, 1.0])
+    tiers.cache.prefetch([(0, expert) for expert in range(EXPERTS)], 2)
+    assert not tiers.cache._staged
+    event.late()
+    event.settle()
+    assert len(tiers.cache._staged) == 2
+
+
+def test_the_cpu_computes_what_the_cost_model_says_and_vram_gets_it_when_pcie_has_been_idle() -> None:
+    tiers = make_tiers(4, 24, placement=Placement("always", copy_s=2.0, cpu_s=1.0, round_trip_s=0.0))
+    tiers.prefill(0, range(EXPERTS))
+    absent = [expert for expert in range(EXPERTS) if (0, expert) not in tiers.cache.resident]
+    assert tiers.decode(0, absent[:1]) == absent[:1]
+    assert (0, absent[0]) not in tiers.cache.resident  # one second idle, a copy takes two
+    assert tiers.decode(0, absent[:1]) == absent[:1]
+    assert (0, absent[0]) in tiers.cache.resident
+    assert tiers.decode(0, absent[:1]) == []  # not in the table yet, so the event brings it there
+    assert tiers.cache.all_resident(0, absent[:1])
+    c = tiers.cache.counters
+    assert (c.cpu_experts, c.hits) == (2, 1)
+    tiers.check()
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize("guilty", [0, 1])
+def test_a_drive_error_leaves_both_tiers_in_order(policy: str, guilty: int) -> None:
+    tiers = make_tiers(4, 5, policy, ram_spare=1)
+    serve(tiers, 6, 40)
+    known = tiers.cache.resident | tiers.cache.ram.lower.residents
+    lacking = [expert for expert in range(EXPERTS) if (2, expert) not in known]
+    tiers.drive.broken = {(2, lacking[guilty])}
+    with pytest.raises(ReadError):
+        tiers.decode(2, lacking[:2])
+    tiers.check()
+    with pytest.raises(ReadError):
+        tiers.prefill(2, range(EXPERTS))
+    tiers.check()
+    tiers.drive.broken = set()
+    serve(tiers, 7)
+    tiers.check()
+
+
+@pytest.mark.parametrize("where", ["fetch", "late", "group"])
+def test_an_event_given_up_half_way_is_put_in_order_by_the_next(where: str) -> None:
+    tiers = make_tiers(4, 5)
+    serve(tiers, 8, 30)
+    absent = [expert for expert in range(EXPERTS) if (1, expert) not in tiers.cache.resident]
+    if where == "group":
+        groups = tiers.cache.stream(1, range(EXPERTS))
+        next(groups)
+        next(groups)
+    else:
+        event = tiers.cache.fetch(1, absent[:2], [1.0, 1.0])
+        if where == "late":
+            event.late()
+    assert not tiers.cache.all_resident(0, [])
+    event = tiers.cache.fetch(1, absent[:2], [1.0, 1.0])
+    assert sorted(place for place, _ in event.late()) == [0, 1]  # also what the table has by now
+    event.settle()
+    tiers.check()
+
+
+LINES = ("flashmoe/vram_cache.py", "flashmoe/expert_cache.py", "cache_policies/residency.py",
+         "cache_policies/lower_tier.py")  # fmt: skip
+
+
+class Interrupter:
+    """A Ctrl-C before the `nth` line of our own that runs."""
+
+    def __init__(self, nth: int) -> None:
+        self.left = nth
+
+    def __enter__(self) -> None:
+        self._before = sys.gettrace()
+        sys.settrace(self._call)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _call(self, frame: FrameType, event: str, argument: object) -> Callable[..., object] | None:
+        return self._line if frame.f_code.co_filename.endswith(LINES) else None
+
+    def _line(self, frame: FrameType, event: str, argument: object) -> Callable[..., object] | None:
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self._line
+
+
+@pytest.mark.parametrize("what", ["decode", "prefill"])
+def test_a_ctrl_c_before_any_line_leaves_both_tiers_usable(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashmoe.expert_cache.LOST_READ_S", 0.001)
+    for nth in range(1, 3000, 11):
+        tiers = make_tiers(4, 5, ram_spare=2, placement=Placement("auto", 1.0, 1.0, 0.0))
+        serve(tiers, 9, 9)
+        interrupter = Interrupter(nth)
+        try:
+            with interrupter:
+                if what == "decode":
+                    tiers.cache.prefetch([(1, 7), (1, 6)], 2)
+                    tiers.decode(0, [5, 2, 7])
+                    tiers.decode(1, [6, 2])
+                else:
+                    tiers.prefill(0, [3, 1, 6, 7, 4])
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        tiers.after_error = tiers.cache._open
+        tiers.engine.compute.work.clear()
+        tiers.engine.compute.done = tiers.engine.compute.asked
+        serve(tiers, 10, 9)
+        tiers.check()
+    assert interrupter.left > 0 and nth > 300
