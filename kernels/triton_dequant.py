@@ -16,6 +16,7 @@ instructions a code, and integers become floats by logic:
 All of these are exact; the product with the group's scale, itself rounded to bf16, is rounded once.
 """
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-return"
 import triton
 import triton.language as tl
 

@@ -14,12 +14,16 @@ on the N side.
 Axis letters: T tokens, D hidden, F expert width, P pairs (T * K). LD_X, LD_H: D and F rounded up to 64.
 """
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-return"
 import triton
 import triton.language as tl
 
 from kernels.triton_dequant import cast, decode
 
 GROUP_TILES = tl.constexpr(16)  # m-tiles of an expert that share its weights in the L2
+# An expert's last tile, if it is of this height or taller, is computed at a half or a quarter of it where
+# that is enough.
+SPLIT = tl.constexpr(128)
 
 
 @triton.jit
@@ -81,6 +85,74 @@ def _dot(a, b, acc, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def _rows_up_tile(
+    x, weights, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k,
+    D: tl.constexpr, F: tl.constexpr, LD_X: tl.constexpr, LD_H: tl.constexpr, ACTIVATION: tl.constexpr,
+    TMA: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One tile [BM, BN] of h."""
+    m = m0 + tl.arange(0, BM)
+    n = n0 + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    live = m < count
+    token = tl.load(pairs + row0 + m, mask=live, other=0) // top_k  # what is not live reads token 0
+    x_at = x + token.to(tl.int64)[:, None] * LD_X + k[None, :]
+    if not TMA:
+        both = tl.arange(0, 2 * BN)
+        row = (both // BN) * F + n0 + both % BN
+        w_at = (weights + slot * slot_bytes).to(tl.pointer_type(x.dtype.element_ty))
+        w_at += row[:, None] * D + k[None, :]
+        w_live = (n0 + both % BN < F)[:, None]
+    acc = tl.zeros((2 * BN, BM) if SWAP else (BM, 2 * BN), tl.float32)
+    for kb in tl.range(0, D, BK):
+        if LD_X % BK == 0:
+            xv = tl.load(x_at + kb)
+        else:
+            xv = tl.load(x_at + kb, mask=(kb + k < LD_X)[None, :], other=0.0)
+        if TMA:
+            w = tl.reshape(weights.load([slot.to(tl.int32), 0, n0, kb]), (2 * BN, BK))
+        elif D % BK == 0 and F % BN == 0:
+            w = tl.load(w_at + kb)
+        else:
+            w = tl.load(w_at + kb, mask=w_live & (kb + k < D)[None, :], other=0.0)
+        acc = _dot(w, xv.T, acc, INTERPRET) if SWAP else _dot(xv, w.T, acc, INTERPRET)
+    if SWAP:
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (2, BN, BM)), (1, 2, 0)))
+        out = cast(activate(gate, up, ACTIVATION, INTERPRET), h.dtype.element_ty, INTERPRET).T
+    else:
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN)), (0, 2, 1)))
+        out = cast(activate(gate, up, ACTIVATION, INTERPRET), h.dtype.element_ty, INTERPRET)
+    at = h + (row0 + m).to(tl.int64)[:, None] * LD_H + n[None, :]
+    tl.store(at, out, mask=live[:, None] & (n < LD_H)[None, :])
+
+
+@triton.jit
+def _rows_up_tiles(
+    x, weights, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k,
+    D: tl.constexpr, F: tl.constexpr, LD_X: tl.constexpr, LD_H: tl.constexpr, ACTIVATION: tl.constexpr,
+    TMA: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """At a half or a quarter of the height where that is enough for what is left of the expert."""
+    if BM < SPLIT:
+        _rows_up_tile(
+            x, weights, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k, D, F, LD_X, LD_H,
+            ACTIVATION, TMA, SWAP, BM, BN, BK, INTERPRET,
+        )  # fmt: skip
+    elif count - m0 <= BM // 2:
+        _rows_up_tiles(
+            x, weights, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k, D, F, LD_X, LD_H,
+            ACTIVATION, TMA, SWAP, BM // 2, BN, BK, INTERPRET,
+        )  # fmt: skip
+    else:
+        _rows_up_tile(
+            x, weights, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k, D, F, LD_X, LD_H,
+            ACTIVATION, TMA, SWAP, BM, BN, BK, INTERPRET,
+        )  # fmt: skip
+
+
+@triton.jit
 def rows_up(
     x, weights, h, records, pairs, n_records, slot_bytes, top_k,
     D: tl.constexpr, F: tl.constexpr, LD_X: tl.constexpr, LD_H: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -91,86 +163,99 @@ def rows_up(
     arena.
     """
     N_TILES: tl.constexpr = (LD_H + BN - 1) // BN
-    dtype: tl.constexpr = h.dtype.element_ty if not TMA else x.dtype.element_ty
     t = tl.program_id(0)
     end = tl.load(n_records) * N_TILES
     while t < end:
         slot, m_tile, n_tile, row0, count = _place(records, t, N_TILES)
-        m = m_tile * BM + tl.arange(0, BM)
-        n = n_tile * BN + tl.arange(0, BN)
-        k = tl.arange(0, BK)
-        live = m < count
-        token = tl.load(pairs + row0 + m, mask=live, other=0) // top_k  # what is not live reads token 0
-        x_at = x + token.to(tl.int64)[:, None] * LD_X + k[None, :]
-        if not TMA:
-            both = tl.arange(0, 2 * BN)
-            row = (both // BN) * F + n_tile * BN + both % BN
-            w_at = (weights + slot * slot_bytes).to(tl.pointer_type(dtype)) + row[:, None] * D + k[None, :]
-            w_live = (n_tile * BN + both % BN < F)[:, None]
-        acc = tl.zeros((2 * BN, BM) if SWAP else (BM, 2 * BN), tl.float32)
-        for kb in tl.range(0, D, BK):
-            if LD_X % BK == 0:
-                xv = tl.load(x_at + kb)
-            else:
-                xv = tl.load(x_at + kb, mask=(kb + k < LD_X)[None, :], other=0.0)
-            if TMA:
-                w = tl.reshape(weights.load([slot.to(tl.int32), 0, n_tile * BN, kb]), (2 * BN, BK))
-            elif D % BK == 0 and F % BN == 0:
-                w = tl.load(w_at + kb)
-            else:
-                w = tl.load(w_at + kb, mask=w_live & (kb + k < D)[None, :], other=0.0)
-            acc = _dot(w, xv.T, acc, INTERPRET) if SWAP else _dot(xv, w.T, acc, INTERPRET)
-        if SWAP:
-            gate, up = tl.split(tl.permute(tl.reshape(acc, (2, BN, BM)), (1, 2, 0)))
-            out = cast(activate(gate, up, ACTIVATION, INTERPRET), h.dtype.element_ty, INTERPRET).T
-        else:
-            gate, up = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN)), (0, 2, 1)))
-            out = cast(activate(gate, up, ACTIVATION, INTERPRET), h.dtype.element_ty, INTERPRET)
-        at = h + (row0 + m).to(tl.int64)[:, None] * LD_H + n[None, :]
-        tl.store(at, out, mask=live[:, None] & (n < LD_H)[None, :])
+        m0, n0 = m_tile * BM, n_tile * BN
+        _rows_up_tiles(
+            x, weights, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k, D, F, LD_X, LD_H,
+            ACTIVATION, TMA, SWAP, BM, BN, BK, INTERPRET,
+        )  # fmt: skip
         t += tl.num_programs(0)
 
 
 @triton.jit
+def _rows_down_tile(
+    h, h_box, weights, products, pairs, slot, m0, n0, row0, count, slot_bytes,
+    D: tl.constexpr, F: tl.constexpr, LD_H: tl.constexpr, TMA: tl.constexpr, BOX: tl.constexpr,
+    SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One tile [BM, BN] of products. BOX: h comes through its descriptor."""
+    m = m0 + tl.arange(0, BM)
+    n = n0 + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    if not BOX:
+        h_at = h + (row0 + tl.minimum(m, count - 1)).to(tl.int64)[:, None] * LD_H + k[None, :]
+    if not TMA:
+        w_at = (weights + slot * slot_bytes).to(tl.pointer_type(h.dtype.element_ty)) + 2 * F * D
+        w_at += n[:, None] * F + k[None, :]
+    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
+    for kb in tl.range(0, F, BK):
+        if BOX:
+            hv = h_box.load([row0 + m0, kb])
+        elif LD_H % BK == 0:
+            hv = tl.load(h_at + kb)
+        else:
+            hv = tl.load(h_at + kb, mask=(kb + k < LD_H)[None, :], other=0.0)
+        if TMA:
+            w = tl.reshape(weights.load([slot.to(tl.int32), n0, kb]), (BN, BK))
+        elif F % BK == 0 and D % BN == 0:
+            w = tl.load(w_at + kb)
+        else:
+            w = tl.load(w_at + kb, mask=(n < D)[:, None] & (kb + k < F)[None, :], other=0.0)
+        acc = _dot(w, hv.T, acc, INTERPRET) if SWAP else _dot(hv, w.T, acc, INTERPRET)
+    live = m < count
+    row = tl.load(pairs + row0 + m, mask=live, other=0).to(tl.int64)
+    out = cast(acc.T if SWAP else acc, products.dtype.element_ty, INTERPRET)
+    tl.store(products + row[:, None] * D + n[None, :], out, mask=live[:, None] & (n < D)[None, :])
+
+
+@triton.jit
+def _rows_down_tiles(
+    h, h_box, weights, products, pairs, slot, m0, n0, row0, count, slot_bytes,
+    D: tl.constexpr, F: tl.constexpr, LD_H: tl.constexpr, TMA: tl.constexpr, BOX: tl.constexpr,
+    SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """At a half or a quarter of the height where that is enough for what is left of the expert."""
+    if BM < SPLIT:
+        _rows_down_tile(
+            h, h_box, weights, products, pairs, slot, m0, n0, row0, count, slot_bytes, D, F, LD_H, TMA,
+            BOX, SWAP, BM, BN, BK, INTERPRET,
+        )  # fmt: skip
+    elif count - m0 <= BM // 2:
+        _rows_down_tiles(
+            h, h_box, weights, products, pairs, slot, m0, n0, row0, count, slot_bytes, D, F, LD_H, TMA,
+            False, SWAP, BM // 2, BN, BK, INTERPRET,
+        )  # fmt: skip
+    else:
+        _rows_down_tile(
+            h, h_box, weights, products, pairs, slot, m0, n0, row0, count, slot_bytes, D, F, LD_H, TMA,
+            BOX, SWAP, BM, BN, BK, INTERPRET,
+        )  # fmt: skip
+
+
+@triton.jit
 def rows_down(
-    h, weights, products, records, pairs, n_records, slot_bytes,
+    h, h_box, weights, products, records, pairs, n_records, slot_bytes,
     D: tl.constexpr, F: tl.constexpr, LD_H: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """h [P, LD_H] -> products [P, D], row token * K + k. weights: descriptor [slots, D, F], or the arena."""
+    """h [P, LD_H] -> products [P, D], row token * K + k. weights: descriptor [slots, D, F], or the arena.
+
+    h_box: with TMA a descriptor of h for BM rows.
+    """
     N_TILES: tl.constexpr = (D + BN - 1) // BN
     t = tl.program_id(0)
     end = tl.load(n_records) * N_TILES
     while t < end:
         slot, m_tile, n_tile, row0, count = _place(records, t, N_TILES)
-        m = m_tile * BM + tl.arange(0, BM)
-        n = n_tile * BN + tl.arange(0, BN)
-        k = tl.arange(0, BK)
-        if not TMA:
-            dtype: tl.constexpr = h.dtype.element_ty
-            h_at = h + (row0 + tl.minimum(m, count - 1)).to(tl.int64)[:, None] * LD_H + k[None, :]
-            w_at = (weights + slot * slot_bytes).to(tl.pointer_type(dtype)) + 2 * F * D
-            w_at += n[:, None] * F + k[None, :]
-        acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
-        for kb in tl.range(0, F, BK):
-            if TMA:
-                hv = h.load([row0 + m_tile * BM, kb])
-                w = tl.reshape(weights.load([slot.to(tl.int32), n_tile * BN, kb]), (BN, BK))
-            else:
-                if LD_H % BK == 0:
-                    hv = tl.load(h_at + kb)
-                else:
-                    hv = tl.load(h_at + kb, mask=(kb + k < LD_H)[None, :], other=0.0)
-                if F % BK == 0 and D % BN == 0:
-                    w = tl.load(w_at + kb)
-                else:
-                    w = tl.load(w_at + kb, mask=(n < D)[:, None] & (kb + k < F)[None, :], other=0.0)
-            acc = _dot(w, hv.T, acc, INTERPRET) if SWAP else _dot(hv, w.T, acc, INTERPRET)
-        live = m < count
-        row = tl.load(pairs + row0 + m, mask=live, other=0).to(tl.int64)
-        out = cast(acc.T if SWAP else acc, products.dtype.element_ty, INTERPRET)
-        tl.store(products + row[:, None] * D + n[None, :], out, mask=live[:, None] & (n < D)[None, :])
+        m0, n0 = m_tile * BM, n_tile * BN
+        _rows_down_tiles(
+            h, h_box, weights, products, pairs, slot, m0, n0, row0, count, slot_bytes, D, F, LD_H, TMA,
+            TMA, SWAP, BM, BN, BK, INTERPRET,
+        )  # fmt: skip
         t += tl.num_programs(0)
 
 
@@ -215,7 +300,7 @@ def _scales_at(scales, n, K: tl.constexpr, S: tl.constexpr, PAIRED: tl.constexpr
         ROW: tl.constexpr = (K + 127) // 128
         return words + (n // 128 * ROW)[:, None] + (tl.arange(0, S) // 2)[None, :]
     else:
-        return words
+        return words + (n * 0)[:, None]
 
 
 @triton.jit
@@ -262,90 +347,196 @@ def _weights(
 
 
 @triton.jit
+def _packed_up_tile(
+    x, arena, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k,
+    UP: tl.constexpr, GATE_SCALES: tl.constexpr, UP_SCALES: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, LD_X: tl.constexpr, LD_H: tl.constexpr, ACTIVATION: tl.constexpr,
+    FORMAT: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One tile [BM, BN] of h. WHOLE: gate and up in one product, else each in its own."""
+    TILED: tl.constexpr = FORMAT == "int4" or FORMAT == "int8"
+    CODES: tl.constexpr = 8 if FORMAT == "int4" or FORMAT == "mxfp4" else 4
+    L: tl.constexpr = 64 // CODES
+    S: tl.constexpr = BK // 64
+    m = m0 + tl.arange(0, BM)
+    live = m < count
+    token = tl.load(pairs + row0 + m, mask=live, other=0) // top_k
+    x_at = x + token.to(tl.int64)[:, None] * LD_X + tl.arange(0, BK)[None, :]
+    expert = arena + slot * slot_bytes
+    if WHOLE:
+        # 8 rows of gate, the same 8 of up, ...: a thread of the product has both, so nothing is exchanged.
+        r = tl.arange(0, 2 * BN)
+        rows = n0 + r // 16 * 8 + r % 8
+        second = r // 8 % 2
+        at = _codes_at(expert, rows, F, D, S, TILED, True, CODES) + (second * (UP // 4))[:, None]
+        scales = _scales_at(expert + GATE_SCALES, rows, D, S, True, FORMAT)
+        scales += (second * ((UP_SCALES - GATE_SCALES) // 4))[:, None]
+        acc = tl.zeros((2 * BN, BM), tl.float32)
+        for b in tl.range(0, LD_X // 64, S):
+            xv = tl.load(x_at + b * 64).T
+            w = _weights(at, scales, b, rows, F, D, 2 * BN, S, True, FORMAT, INTERPRET)
+            acc = _dot(w, xv, acc, INTERPRET)
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (BN // 8, 2, 8, BM)), (0, 2, 3, 1)))
+        out = cast(activate(gate, up, ACTIVATION, INTERPRET), h.dtype.element_ty, INTERPRET)
+        out = tl.reshape(out, (BN, BM)).T
+    else:
+        rows = n0 + tl.arange(0, BN)
+        gate_at = _codes_at(expert, rows, F, D, S, TILED, True, CODES)
+        up_at = _codes_at(expert + UP, rows, F, D, S, TILED, True, CODES)
+        gate_scales = _scales_at(expert + GATE_SCALES, rows, D, S, True, FORMAT)
+        up_scales = _scales_at(expert + UP_SCALES, rows, D, S, True, FORMAT)
+        gate = tl.zeros((BN, BM), tl.float32)
+        up = tl.zeros((BN, BM), tl.float32)
+        for b in tl.range(0, LD_X // 64, S):
+            xv = tl.load(x_at + b * 64).T
+            w = _weights(gate_at, gate_scales, b, rows, F, D, BN, S, True, FORMAT, INTERPRET)
+            gate = _dot(w, xv, gate, INTERPRET)
+            w = _weights(up_at, up_scales, b, rows, F, D, BN, S, True, FORMAT, INTERPRET)
+            up = _dot(w, xv, up, INTERPRET)
+        out = cast(activate(gate, up, ACTIVATION, INTERPRET), h.dtype.element_ty, INTERPRET).T
+    out = tl.permute(tl.reshape(out, (BM, BN // 64, L, CODES)), (0, 1, 3, 2))
+    n = n0 + tl.arange(0, BN)
+    at = h + (row0 + m).to(tl.int64)[:, None] * LD_H + n[None, :]
+    tl.store(at, tl.reshape(out, (BM, BN)), mask=live[:, None] & (n < LD_H)[None, :])
+
+
+@triton.jit
+def _packed_up_tiles(
+    x, arena, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k,
+    UP: tl.constexpr, GATE_SCALES: tl.constexpr, UP_SCALES: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, LD_X: tl.constexpr, LD_H: tl.constexpr, ACTIVATION: tl.constexpr,
+    FORMAT: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """At a half or a quarter of the height where that is enough for what is left of the expert."""
+    if BM < SPLIT:
+        _packed_up_tile(
+            x, arena, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k, UP, GATE_SCALES, UP_SCALES,
+            D, F, LD_X, LD_H, ACTIVATION, FORMAT, WHOLE, BM, BN, BK, INTERPRET,
+        )  # fmt: skip
+    elif count - m0 <= BM // 2:
+        _packed_up_tiles(
+            x, arena, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k, UP, GATE_SCALES, UP_SCALES,
+            D, F, LD_X, LD_H, ACTIVATION, FORMAT, WHOLE, BM // 2, BN, BK, INTERPRET,
+        )  # fmt: skip
+    else:
+        _packed_up_tile(
+            x, arena, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k, UP, GATE_SCALES, UP_SCALES,
+            D, F, LD_X, LD_H, ACTIVATION, FORMAT, WHOLE, BM, BN, BK, INTERPRET,
+        )  # fmt: skip
+
+
+@triton.jit
 def packed_up(
     x, arena, h, records, pairs, n_records, slot_bytes, top_k,
     UP: tl.constexpr, GATE_SCALES: tl.constexpr, UP_SCALES: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, LD_X: tl.constexpr, LD_H: tl.constexpr, ACTIVATION: tl.constexpr,
-    FORMAT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, INTERPRET: tl.constexpr,
+    FORMAT: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """x [T, LD_X] -> h [P, LD_H], pairs sorted by expert, the columns of both moved. UP, *_SCALES: bytes into
     a slot.
     """
     N_TILES: tl.constexpr = (LD_H + BN - 1) // BN
-    TILED: tl.constexpr = FORMAT == "int4" or FORMAT == "int8"
-    CODES: tl.constexpr = 8 if FORMAT == "int4" or FORMAT == "mxfp4" else 4
-    L: tl.constexpr = 64 // CODES
-    S: tl.constexpr = BK // 64
     t = tl.program_id(0)
     end = tl.load(n_records) * N_TILES
     while t < end:
         slot, m_tile, n_tile, row0, count = _place(records, t, N_TILES)
-        m = m_tile * BM + tl.arange(0, BM)
-        n = n_tile * BN + tl.arange(0, BN)
-        live = m < count
-        token = tl.load(pairs + row0 + m, mask=live, other=0) // top_k
-        x_at = x + token.to(tl.int64)[:, None] * LD_X + tl.arange(0, BK)[None, :]
-        expert = arena + slot * slot_bytes
-        gate_at = _codes_at(expert, n, F, D, S, TILED, True, CODES)
-        up_at = _codes_at(expert + UP, n, F, D, S, TILED, True, CODES)
-        gate_scales = _scales_at(expert + GATE_SCALES, n, D, S, True, FORMAT)
-        up_scales = _scales_at(expert + UP_SCALES, n, D, S, True, FORMAT)
-        gate = tl.zeros((BN, BM), tl.float32)
-        up = tl.zeros((BN, BM), tl.float32)
-        for b in tl.range(0, LD_X // 64, S):
-            xv = tl.load(x_at + b * 64).T
-            w = _weights(gate_at, gate_scales, b, n, F, D, BN, S, True, FORMAT, INTERPRET)
-            gate = _dot(w, xv, gate, INTERPRET)
-            w = _weights(up_at, up_scales, b, n, F, D, BN, S, True, FORMAT, INTERPRET)
-            up = _dot(w, xv, up, INTERPRET)
-        out = cast(activate(gate, up, ACTIVATION, INTERPRET), h.dtype.element_ty, INTERPRET).T
-        out = tl.permute(tl.reshape(out, (BM, BN // 64, L, CODES)), (0, 1, 3, 2))
-        at = h + (row0 + m).to(tl.int64)[:, None] * LD_H + n[None, :]
-        tl.store(at, tl.reshape(out, (BM, BN)), mask=live[:, None] & (n < LD_H)[None, :])
+        m0, n0 = m_tile * BM, n_tile * BN
+        _packed_up_tiles(
+            x, arena, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k, UP, GATE_SCALES, UP_SCALES,
+            D, F, LD_X, LD_H, ACTIVATION, FORMAT, WHOLE, BM, BN, BK, INTERPRET,
+        )  # fmt: skip
         t += tl.num_programs(0)
+
+
+@triton.jit
+def _packed_down_tile(
+    h, arena, products, pairs, slot, m0, n0, row0, count, slot_bytes,
+    DOWN: tl.constexpr, DOWN_SCALES: tl.constexpr, D: tl.constexpr, F: tl.constexpr, LD_H: tl.constexpr,
+    FORMAT: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One tile [BM, BN] of products: WHOLE, or as two halves, each a product of its own.
+
+    Of 256 rows as one the compiler exchanges scales through shared memory.
+    """
+    TILED: tl.constexpr = FORMAT == "int4" or FORMAT == "int8"
+    CODES: tl.constexpr = 8 if FORMAT == "int4" or FORMAT == "mxfp4" else 4
+    S: tl.constexpr = BK // 64
+    PART: tl.constexpr = BN if WHOLE else BN // 2
+    m = m0 + tl.arange(0, BM)
+    n = n0 + tl.arange(0, PART)
+    h_at = h + (row0 + tl.minimum(m, count - 1)).to(tl.int64)[:, None] * LD_H + tl.arange(0, BK)[None, :]
+    expert = arena + slot * slot_bytes
+    at0 = _codes_at(expert + DOWN, n, D, F, S, TILED, False, CODES)
+    scales0 = _scales_at(expert + DOWN_SCALES, n, F, S, False, FORMAT)
+    acc0 = tl.zeros((PART, BM), tl.float32)
+    if not WHOLE:
+        at1 = _codes_at(expert + DOWN, n + PART, D, F, S, TILED, False, CODES)
+        scales1 = _scales_at(expert + DOWN_SCALES, n + PART, F, S, False, FORMAT)
+        acc1 = tl.zeros((PART, BM), tl.float32)
+    for b in tl.range(0, LD_H // 64, S):
+        hv = tl.load(h_at + b * 64).T
+        w = _weights(at0, scales0, b, n, D, F, PART, S, False, FORMAT, INTERPRET)
+        acc0 = _dot(w, hv, acc0, INTERPRET)
+        if not WHOLE:
+            w = _weights(at1, scales1, b, n + PART, D, F, PART, S, False, FORMAT, INTERPRET)
+            acc1 = _dot(w, hv, acc1, INTERPRET)
+    live = m < count
+    row = tl.load(pairs + row0 + m, mask=live, other=0).to(tl.int64)
+    at = products + row[:, None] * D + n[None, :]
+    out = cast(acc0, products.dtype.element_ty, INTERPRET).T
+    tl.store(at, out, mask=live[:, None] & (n < D)[None, :])
+    if not WHOLE:
+        out = cast(acc1, products.dtype.element_ty, INTERPRET).T
+        tl.store(at + PART, out, mask=live[:, None] & (n + PART < D)[None, :])
+
+
+@triton.jit
+def _packed_down_tiles(
+    h, arena, products, pairs, slot, m0, n0, row0, count, slot_bytes,
+    DOWN: tl.constexpr, DOWN_SCALES: tl.constexpr, D: tl.constexpr, F: tl.constexpr, LD_H: tl.constexpr,
+    FORMAT: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """At a half or a quarter of the height where that is enough for what is left of the expert."""
+    if BM < SPLIT:
+        _packed_down_tile(
+            h, arena, products, pairs, slot, m0, n0, row0, count, slot_bytes, DOWN, DOWN_SCALES, D, F,
+            LD_H, FORMAT, WHOLE, BM, BN, BK, INTERPRET,
+        )  # fmt: skip
+    elif count - m0 <= BM // 2:
+        _packed_down_tiles(
+            h, arena, products, pairs, slot, m0, n0, row0, count, slot_bytes, DOWN, DOWN_SCALES, D, F,
+            LD_H, FORMAT, WHOLE, BM // 2, BN, BK, INTERPRET,
+        )  # fmt: skip
+    else:
+        _packed_down_tile(
+            h, arena, products, pairs, slot, m0, n0, row0, count, slot_bytes, DOWN, DOWN_SCALES, D, F,
+            LD_H, FORMAT, WHOLE, BM, BN, BK, INTERPRET,
+        )  # fmt: skip
 
 
 @triton.jit
 def packed_down(
     h, arena, products, records, pairs, n_records, slot_bytes,
     DOWN: tl.constexpr, DOWN_SCALES: tl.constexpr, D: tl.constexpr, F: tl.constexpr, LD_H: tl.constexpr,
-    FORMAT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, INTERPRET: tl.constexpr,
+    FORMAT: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """h [P, LD_H], columns moved -> products [P, D], row token * K + k. DOWN, DOWN_SCALES: bytes into a
     slot.
     """
     N_TILES: tl.constexpr = (D + BN - 1) // BN
-    TILED: tl.constexpr = FORMAT == "int4" or FORMAT == "int8"
-    CODES: tl.constexpr = 8 if FORMAT == "int4" or FORMAT == "mxfp4" else 4
-    S: tl.constexpr = BK // 64
-    HALF: tl.constexpr = BN // 2
     t = tl.program_id(0)
     end = tl.load(n_records) * N_TILES
     while t < end:
         slot, m_tile, n_tile, row0, count = _place(records, t, N_TILES)
-        m = m_tile * BM + tl.arange(0, BM)
-        n = n_tile * BN + tl.arange(0, HALF)
-        h_at = h + (row0 + tl.minimum(m, count - 1)).to(tl.int64)[:, None] * LD_H + tl.arange(0, BK)[None, :]
-        expert = arena + slot * slot_bytes
-        # Two halves, each a product of its own: of 256 rows as one, the compiler exchanges scales through
-        # shared memory.
-        at0 = _codes_at(expert + DOWN, n, D, F, S, TILED, False, CODES)
-        at1 = _codes_at(expert + DOWN, n + HALF, D, F, S, TILED, False, CODES)
-        scales0 = _scales_at(expert + DOWN_SCALES, n, F, S, False, FORMAT)
-        scales1 = _scales_at(expert + DOWN_SCALES, n + HALF, F, S, False, FORMAT)
-        acc0 = tl.zeros((HALF, BM), tl.float32)
-        acc1 = tl.zeros((HALF, BM), tl.float32)
-        for b in tl.range(0, LD_H // 64, S):
-            hv = tl.load(h_at + b * 64).T
-            w = _weights(at0, scales0, b, n, D, F, HALF, S, False, FORMAT, INTERPRET)
-            acc0 = _dot(w, hv, acc0, INTERPRET)
-            w = _weights(at1, scales1, b, n + HALF, D, F, HALF, S, False, FORMAT, INTERPRET)
-            acc1 = _dot(w, hv, acc1, INTERPRET)
-        live = m < count
-        row = tl.load(pairs + row0 + m, mask=live, other=0).to(tl.int64)
-        at = products + row[:, None] * D + n[None, :]
-        out = cast(acc0, products.dtype.element_ty, INTERPRET).T
-        tl.store(at, out, mask=live[:, None] & (n < D)[None, :])
-        out = cast(acc1, products.dtype.element_ty, INTERPRET).T
-        tl.store(at + HALF, out, mask=live[:, None] & (n + HALF < D)[None, :])
+        m0, n0 = m_tile * BM, n_tile * BN
+        _packed_down_tiles(
+            h, arena, products, pairs, slot, m0, n0, row0, count, slot_bytes, DOWN, DOWN_SCALES, D, F,
+            LD_H, FORMAT, WHOLE, BM, BN, BK, INTERPRET,
+        )  # fmt: skip
         t += tl.num_programs(0)

@@ -14,7 +14,7 @@ nothing is tuned here. Axis letters: T tokens, D hidden, F expert width, E exper
 import json
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,11 +25,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.expert_slots import BITS, FLOATS, FORMATS, slot_layout
 from kernels.triton_grouped import packed_down, packed_up, rows_down, rows_up
-from kernels.triton_schedule import RECORD, combine, prepare, round_tokens
+from kernels.triton_schedule import RECORD, combine, count_pairs, place_pairs, prepare_few, round_tokens
 
 INTERPRET: Final = triton.knobs.runtime.interpret
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "swiglu_clamped")
 CODES: Final = {"int4": 8, "mxfp4": 8, "int8": 4, "fp8": 4}  # in a dword
+LIKE: Final = {"f16": "bf16", "int8": "int4", "fp8": "int4", "mxfp4": "int4"}  # where it wasn't measured
+FEW_PAIRS: Final = 1024  # are sorted in one launch, more in two
+CHUNK: Final = 256  # pairs
 TUNING: Final = Path(__file__).parent / "tuning"
 # {"tile_rows", "tma", "up": {"swap", "columns", "depth", "warps", "stages", "per_sm"}, "down": the same}
 Config = Mapping[str, Any]
@@ -70,13 +73,15 @@ class ExpertPrefill:
         # large prefill of small experts; a product's own error in bf16 arithmetic is as large as this
         # rounding.
         products_dtype = torch.bfloat16 if self._dtype == torch.bfloat16 else torch.float32
-        new = {"device": self._device}
-        self.products = torch.empty(pairs, hidden, dtype=products_dtype, **new)
-        self._x = torch.empty(max_tokens, self._x_columns, dtype=self._dtype, **new)
-        self._h = torch.empty(pairs, self._h_columns, dtype=self._dtype, **new)
-        self._pairs = torch.empty(pairs, dtype=torch.int32, **new)
-        self._n_records = torch.empty(1, dtype=torch.int32, **new)
-        self._records = torch.empty(min(pairs, pairs // 16 + experts), RECORD, dtype=torch.int32, **new)
+        new = partial(torch.empty, device=self._device)
+        self.products = new(pairs, hidden, dtype=products_dtype)
+        self._x = new(max_tokens, self._x_columns, dtype=self._dtype)
+        self._h = new(pairs, self._h_columns, dtype=self._dtype)
+        self._pairs = new(pairs, dtype=torch.int32)
+        self._n_records = new(1, dtype=torch.int32)
+        self._records = new(min(pairs, pairs // 16 + experts), RECORD, dtype=torch.int32)
+        chunks, bins = triton.cdiv(pairs, CHUNK), triton.next_power_of_2(experts + 1)
+        self._counts = new(chunks, bins, dtype=torch.int32)
         self._ids: Tensor | None = None
         self._weights: Tensor | None = None
         self._dropped: Tensor | None = None
@@ -84,7 +89,7 @@ class ExpertPrefill:
     @property
     def workspace_bytes(self) -> int:
         """What the buffers take on the device."""
-        held = (self.products, self._x, self._h, self._pairs, self._records)
+        held = (self.products, self._x, self._h, self._pairs, self._records, self._counts)
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     @property
@@ -119,7 +124,8 @@ class ExpertPrefill:
         x = self._prepare(h, ids, table, config)
         self.launch_up(x, arena, config)
         self.launch_down(arena, config)
-        return self.products[: tokens * self._top_k]
+        products: Tensor = self.products[: tokens * self._top_k]
+        return products
 
     def combine(self, weights: Tensor, x: Tensor) -> None:
         """x [T, D] fp32 += the sum over k, in order, of weights [T, K] * products. Each pair must have been
@@ -134,17 +140,29 @@ class ExpertPrefill:
         )  # fmt: skip
 
     def _prepare(self, h: Tensor, ids: Tensor, table: Tensor, config: Config) -> Tensor:
+        """Records and sorted pairs; returns the activations that the products read."""
         codes = CODES.get(self._format, 0)
         as_it_is = not codes and h.dtype == self._dtype and self._hidden == self._x_columns
-        pairs = ids.numel()
-        prepare[(self._experts + (0 if as_it_is else len(h)),)](
-            ids, table, self._pairs, self._records, self._n_records, h, self._x, pairs,
-            E=self._experts, BINS=triton.next_power_of_2(self._experts + 1), BM=config["tile_rows"],
-            CHUNK=min(max(triton.next_power_of_2(pairs), 128), 4096), CONVERT=not as_it_is, D=self._hidden,
-            LD_X=self._x_columns, CODES=codes, BLOCK=min(2048, triton.next_power_of_2(self._x_columns)),
-            INTERPRET=INTERPRET,
-            num_warps=4 if pairs <= 1024 else 8,
-        )  # fmt: skip
+        converted = 0 if as_it_is else len(h)
+        pairs, bins = ids.numel(), triton.next_power_of_2(self._experts + 1)
+        shape = {"E": self._experts, "BINS": bins}
+        convert: dict[str, Any] = {"D": self._hidden, "LD_X": self._x_columns, "CODES": codes}
+        convert |= {"BLOCK": min(2048, triton.next_power_of_2(self._x_columns)), "INTERPRET": INTERPRET}
+        if pairs <= FEW_PAIRS:
+            prepare_few[(self._experts + converted,)](
+                ids, table, self._pairs, self._records, self._n_records, h, self._x, pairs,
+                BM=config["tile_rows"], CHUNK=max(triton.next_power_of_2(pairs), 128), num_warps=4,
+                **shape, **convert,
+            )  # fmt: skip
+        else:
+            chunks = triton.cdiv(pairs, CHUNK)
+            count_pairs[(chunks + converted,)](
+                ids, self._counts, h, self._x, pairs, chunks, CHUNK=CHUNK, num_warps=4, **shape, **convert
+            )
+            place_pairs[(chunks,)](
+                ids, table, self._counts, self._pairs, self._records, self._n_records, pairs, chunks,
+                BM=config["tile_rows"], CHUNK=CHUNK, ROWS=max(1, 4096 // bins), num_warps=8, **shape,
+            )  # fmt: skip
         return h if as_it_is else self._x
 
     def launch_up(self, x: Tensor, arena: Tensor, config: Config) -> None:
@@ -159,7 +177,7 @@ class ExpertPrefill:
             packed_up[self._grid(up)](
                 x, arena, self._h, *records, UP=at.up, GATE_SCALES=at.gate if tiled else at.gate_scales,
                 UP_SCALES=at.up if tiled else at.up_scales, FORMAT=self._format,
-                **shape, **_blocks(up, self._x_columns),
+                WHOLE=up["swap"], **shape, **_blocks(up, self._x_columns),
             )  # fmt: skip
             return
         weights: Tensor | TensorDescriptor = arena
@@ -181,18 +199,19 @@ class ExpertPrefill:
             scales = at.down if self._format in BITS else at.down_scales
             packed_down[self._grid(down)](
                 self._h, arena, self.products, *records, DOWN=at.down, DOWN_SCALES=scales,
-                FORMAT=self._format, **shape, **_blocks(down, self._h_columns),
+                FORMAT=self._format, WHOLE=down["swap"], **shape, **_blocks(down, self._h_columns),
             )  # fmt: skip
             return
-        h: Tensor | TensorDescriptor = self._h
+        h_box: Tensor | TensorDescriptor = self._h
         weights: Tensor | TensorDescriptor = arena
         if tma := self._tma(config):
             box = [1, down["columns"], down["depth"]]
             weights = self._matrix(arena, at.down, [len(arena), self._hidden, self._width], box, [])
             box = [config["tile_rows"], down["depth"]]
-            h = TensorDescriptor(self._h, list(self._h.shape), [self._h_columns, 1], box)
+            h_box = TensorDescriptor(self._h, list(self._h.shape), [self._h_columns, 1], box)
         rows_down[self._grid(down)](
-            h, weights, self.products, *records, TMA=tma, SWAP=down["swap"], **shape, **_blocks(down),
+            self._h, h_box, weights, self.products, *records, TMA=tma, SWAP=down["swap"],
+            **shape, **_blocks(down),
         )  # fmt: skip
 
     def _tma(self, config: Config) -> bool:
@@ -230,7 +249,9 @@ def choose(
         shape = abs(math.log2(entry["hidden"] * entry["width"] / (hidden * width)))
         return round(shape), abs(math.log2(entry["rows"] / rows))
 
-    like = [entry for entry in entries if entry["format"] == format]
+    measured = {entry["format"] for entry in entries}
+    wanted = format if format in measured else LIKE.get(format)
+    like = [entry for entry in entries if entry["format"] == wanted]
     return min(like, key=distance)["config"] if like else fallback(format, rows, family)
 
 

@@ -11,6 +11,7 @@ column tiles finds its expert at record t // N:
 Axis letters: T tokens, D hidden, E experts, K experts a token, P pairs (T * K).
 """
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-return"
 import torch
 import triton
 import triton.language as tl
@@ -22,64 +23,128 @@ RECORD = 8  # int32s
 
 
 @triton.jit
-def prepare(
-    ids, table, pairs, records, n_records, h, x, n_pairs,
-    E: tl.constexpr, BINS: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr,
-    CONVERT: tl.constexpr, D: tl.constexpr, LD_X: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr,
+def _record(records, expert_records, first, slot, row0, count):
+    """An expert's record, `expert_records` times from record `first` on."""
+    field = tl.arange(0, 8)
+    record = tl.where(field == 0, slot, tl.where(field == 1, first, expert_records))
+    record = tl.where(field == 3, row0, tl.where(field == 4, count, record))
+    i = 0
+    while i < expert_records:  # (the interpreter's `range` takes no bounds from the device)
+        tl.store(records + (first + i) * 8 + field, record)
+        i += 1
+
+
+@triton.jit
+def _convert(
+    h, x, token, D: tl.constexpr, LD_X: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Programs 0 to E - 1: an expert's pairs and records each. The T behind them: h [T, D] to x [T, LD_X], a
-    token each.
-
-    ids outside 0 to E - 1 are nobody's. CODES: the columns of x are moved (triton_dequant.py), 0: they are
+    """Row `token` of h [T, D] to x [T, LD_X]. CODES: columns are moved (triton_dequant.py), 0: they are
     not.
+    """
+    token = token.to(tl.int64)
+    for first in tl.range(0, LD_X, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        source = column
+        if CODES:
+            L: tl.constexpr = 64 // CODES
+            source = column // 64 * 64 + column % L * CODES + column % 64 // L
+        value = tl.load(h + token * D + source, mask=source < D, other=0.0)
+        value = cast(value, x.dtype.element_ty, INTERPRET)
+        tl.store(x + token * LD_X + column, value, mask=column < LD_X)
+
+
+@triton.jit
+def _expert_of(ids, pair, n_pairs, E: tl.constexpr):
+    """The pairs' experts; E for what is nobody's."""
+    expert = tl.load(ids + pair, mask=pair < n_pairs, other=E)
+    return tl.where((expert < 0) | (expert > E), E, expert)
+
+
+@triton.jit
+def prepare_few(
+    ids, table, pairs, records, n_records, h, x, n_pairs,
+    E: tl.constexpr, BINS: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr,
+    D: tl.constexpr, LD_X: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Up to CHUNK pairs. Programs 0 to E - 1: an expert's pairs and records each; the T behind them
+    convert.
     """
     program = tl.program_id(0)
     if program < E:
         bins = tl.arange(0, BINS)
-        counts = tl.zeros((BINS,), tl.int32)
-        first = 0
-        while first < n_pairs:  # (the interpreter's `range` takes no bounds from the device)
-            pair = first + tl.arange(0, CHUNK)
-            expert = tl.load(ids + pair, mask=pair < n_pairs, other=E)
-            counts += tl.histogram(tl.where((expert < 0) | (expert > E), E, expert), BINS)
-            first += CHUNK
+        pair = tl.arange(0, CHUNK)
+        expert = _expert_of(ids, pair, n_pairs, E)
+        counts = tl.histogram(expert, BINS)
         slots = tl.load(table + bins, mask=bins < E, other=-1)
         tiles = tl.where(slots >= 0, (counts + BM - 1) // BM, 0)
         row0 = tl.sum(tl.where(bins < program, counts, 0))
-        record0 = tl.sum(tl.where(bins < program, tiles, 0))
+        first = tl.sum(tl.where(bins < program, tiles, 0))
         mine = tl.sum(tl.where(bins == program, tiles, 0))
         count = tl.sum(tl.where(bins == program, counts, 0))
-        slot = tl.load(table + program)
         if program == E - 1:
-            tl.store(n_records, record0 + mine)
-        field = tl.arange(0, 8)
-        record = tl.where(field == 0, slot, tl.where(field == 1, record0, tl.where(field == 2, mine, count)))
-        record = tl.where(field == 3, row0, record)
-        i = 0
-        while i < mine:
-            tl.store(records + (record0 + i) * 8 + field, record)
-            i += 1
-        if mine > 0:
-            first = 0
-            while first < n_pairs:
-                pair = first + tl.arange(0, CHUNK)
-                match = tl.load(ids + pair, mask=pair < n_pairs, other=-1) == program
-                rank = tl.cumsum(match.to(tl.int32), 0)
-                tl.store(pairs + row0 + rank - 1, pair, mask=match)
-                row0 += tl.max(rank, 0)
-                first += CHUNK
-    elif CONVERT:
-        token = (program - E).to(tl.int64)
-        for first in tl.range(0, LD_X, BLOCK):
-            column = first + tl.arange(0, BLOCK)
-            source = column
-            if CODES:
-                L: tl.constexpr = 64 // CODES
-                source = column // 64 * 64 + column % L * CODES + column % 64 // L
-            value = tl.load(h + token * D + source, mask=source < D, other=0.0)
-            value = cast(value, x.dtype.element_ty, INTERPRET)
-            tl.store(x + token * LD_X + column, value, mask=column < LD_X)
+            tl.store(n_records, first + mine)
+        _record(records, mine, first, tl.load(table + program), row0, count)
+        rank = tl.cumsum((expert == program).to(tl.int32), 0)
+        tl.store(pairs + row0 + rank - 1, pair, mask=expert == program)
+    else:
+        _convert(h, x, program - E, D, LD_X, CODES, BLOCK, INTERPRET)
+
+
+@triton.jit
+def count_pairs(
+    ids, counts, h, x, n_pairs, chunks,
+    E: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+    D: tl.constexpr, LD_X: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Of many pairs, first. counts int32 [chunks, BINS]: each chunk's pairs of each expert; the programs
+    behind convert.
+    """
+    program = tl.program_id(0)
+    if program < chunks:
+        expert = _expert_of(ids, program * CHUNK + tl.arange(0, CHUNK), n_pairs, E)
+        tl.store(counts + program * BINS + tl.arange(0, BINS), tl.histogram(expert, BINS))
+    else:
+        _convert(h, x, program - chunks, D, LD_X, CODES, BLOCK, INTERPRET)
+
+
+@triton.jit
+def place_pairs(
+    ids, table, counts, pairs, records, n_records, n_pairs, chunks,
+    E: tl.constexpr, BINS: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Of many pairs, second: a chunk's pairs to their places, and the records of every chunks-th expert."""
+    program = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    total = tl.zeros((BINS,), tl.int32)
+    before = tl.zeros((BINS,), tl.int32)
+    first = 0
+    while first < chunks:
+        chunk = first + tl.arange(0, ROWS)
+        some = counts + chunk[:, None] * BINS + bins[None, :]
+        part = tl.load(some, mask=(chunk < chunks)[:, None], other=0)
+        total += tl.sum(part, 0)
+        before += tl.sum(tl.where((chunk < program)[:, None], part, 0), 0)
+        first += ROWS
+    row0 = tl.cumsum(total, 0) - total
+    slots = tl.load(table + bins, mask=bins < E, other=-1)
+    tiles = tl.where(slots >= 0, (total + BM - 1) // BM, 0)
+    record0 = tl.cumsum(tiles, 0) - tiles
+    if program == 0:
+        tl.store(n_records, tl.sum(tiles))
+    mine = program
+    while mine < E:
+        here = bins == mine
+        n, at = tl.sum(tl.where(here, tiles, 0)), tl.sum(tl.where(here, record0, 0))
+        row, count = tl.sum(tl.where(here, row0, 0)), tl.sum(tl.where(here, total, 0))
+        _record(records, n, at, tl.load(table + mine), row, count)
+        mine += chunks
+    place = tl.arange(0, CHUNK)
+    expert = _expert_of(ids, program * CHUNK + place, n_pairs, E)
+    same = (expert[:, None] == expert[None, :]) & (place[None, :] < place[:, None])
+    rank = tl.sum(same.to(tl.int32), 1)
+    target = tl.gather(row0 + before, expert, 0) + rank
+    tl.store(pairs + target, program * CHUNK + place, mask=expert < E)
 
 
 @triton.jit
