@@ -73,6 +73,10 @@ class LLM:
         prefetch: str = "auto",
         predictor: str = PREDICTOR_NAMES[0],
         learn: bool = False,
+        device: str = "auto",
+        vram_budget: str | int = "auto",
+        cpu_experts: str = "auto",
+        token_rounding: bool = False,
         progress: Progress | None = None,
         on_plan: Callable[[BudgetPlan], None] | None = None,
     ) -> None:
@@ -81,14 +85,16 @@ class LLM:
         `model`: folder, Hugging Face repo id, or None for the demo model. `ram_budget`: "16G", "80%", bytes,
         "auto". `exact_activations`: fp32 activations for int4 and int8 weights too, which otherwise meet int8
         ones. `check_reads`: compare each expert read with its checksum (packed models). `prefetch`: "off",
-        "auto" or at most so many guesses a layer, "2", that `predictor` makes. `learn`: keep the
-        routing on this machine and train the learned policy on it after `close`. `on_plan` is called
+        "auto" or at most so many guesses a layer, "2", that `predictor` makes. `learn`: keep the routing on
+        this machine and train the learned policy on it after `close`. `device`: "cpu", "cuda" or "auto"; on a
+        GPU, `vram_budget` holds for all of its memory that this process uses, `cpu_experts` says whether the
+        CPU computes what is in RAM only, `token_rounding` (lossy) makes prompts cheaper. `on_plan` is called
         once with what the budget buys, before anything is allocated; `progress(what, done, total)` while the
         model is prepared and its dense weights load.
         """
         self.run_config = RunConfig(
             str(ram_budget), policy, reader, context, threads, seed, exact_activations, check_reads, scope,
-            prefetch, learn, predictor,
+            prefetch, learn, predictor, device, str(vram_budget), cpu_experts, token_rounding,
         )  # fmt: skip
         self._opened = open_model(find_model(None if model is None else str(model), progress))
         self.config, self.tokenizer = self._opened.config, self._opened.tokenizer

@@ -242,6 +242,18 @@ def _add_command(commands: "Commands", name: str, summary: str) -> argparse.Argu
         metavar="SIZE",
         help="RAM for the whole process: 16G, 16GB, 80%% of what is free, auto (default: auto)",
     )
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="what computes: auto takes an NVIDIA GPU if there is one (default: auto)",
+    )
+    add(
+        "--vram-budget",
+        default="auto",
+        metavar="SIZE",
+        help="GPU memory for the whole process, written like --ram-budget (default: auto)",
+    )
     add("--context", type=int, metavar="N", help="tokens of conversation (default: what fits)")
     return parser
 
@@ -299,6 +311,19 @@ def _add_running_options(parser: argparse.ArgumentParser, one_policy: bool = Tru
         help="how experts are read (default: auto, direct or buffered by a probe)",
     )
     add("--threads", type=int, metavar="N", help="threads that compute (default: one a core)")
+    add(
+        "--cpu-experts",
+        choices=("auto", "never", "always"),
+        default="auto",
+        help="with a GPU: whether the CPU computes experts that are in RAM but not in VRAM (default: auto,"
+        " where that is measured to be faster than copying them)",
+    )
+    add(
+        "--token-rounding",
+        action="store_true",
+        help="with a GPU, lossy: prompts drop the least weighted tokens of experts that would begin one more"
+        " tile",
+    )
     add(
         "--exact-activations",
         action="store_true",

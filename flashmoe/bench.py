@@ -17,6 +17,7 @@ import torch
 import flashmoe
 from flashmoe.bench_text import TokenText
 from flashmoe.budget import BudgetPlan
+from flashmoe.expert_cache import CacheCounters
 from flashmoe.loader import LoadedEngine, OpenedModel
 from flashmoe.sizes import format_bytes
 from flashmoe.stats import bound_s
@@ -25,6 +26,8 @@ from storage import host
 DECODE_PREFIX = 64  # tokens of prompt before decoding is timed
 COLUMNS = ("model", "size", "budget", "policy", "reader", "test", "t/s", "min–max", "hit rate", "MB/token",
            "MB/s", "stall", "bound t/s", "of bound")  # fmt: skip
+GPU_COLUMNS = ("model", "size", "RAM", "VRAM", "policy", "test", "t/s", "min–max", "VRAM hits", "RAM hits",
+               "MB/token PCIe", "MB/token drive", "on CPU", "compute t/s", "bound t/s", "of bound")  # fmt: skip
 _DERIVED = ("tokens_per_s", "hit_rate", "mb_per_token", "stall_share", "read_mb_per_s", "bound_tokens_per_s",
             "share_of_bound")  # fmt: skip
 
@@ -41,6 +44,7 @@ class Repetition:
     stall_s: float
     read_s: float
     drive_mb_per_s: float  # as probed at start
+    gpu: "GpuRepetition | None" = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -71,7 +75,11 @@ class Repetition:
         a second may meet a busy drive.
         """
         drive = max(self.drive_mb_per_s, self.read_mb_per_s)
-        return self.tokens / bound_s(self.seconds - self.stall_s, self.bytes_read, drive)
+        if self.gpu is None:
+            return self.tokens / bound_s(self.seconds - self.stall_s, self.bytes_read, drive)
+        computing_s = self.gpu.resident_token_s * self.tokens
+        copying_s = self.gpu.bytes_in / (self.gpu.pcie_mb_per_s * 1e6)
+        return self.tokens / max(copying_s, bound_s(computing_s, self.bytes_read, drive))
 
     @property
     def share_of_bound(self) -> float:
@@ -79,6 +87,17 @@ class Repetition:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {name: getattr(self, name) for name in _DERIVED}
+
+
+@dataclass(frozen=True, slots=True)
+class GpuRepetition:
+    """What a run on a GPU adds: hits and misses of a repetition are VRAM's."""
+
+    ram_hits: int  # of the misses, those that RAM held
+    cpu_experts: int  # of the misses, those that the CPU computed
+    bytes_in: int  # RAM -> VRAM
+    pcie_mb_per_s: float  # of such copies, measured at start
+    resident_token_s: float  # what a token takes with every expert in VRAM, measured in this run; 0 of a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +164,13 @@ class Bench:
     def bound_line(self) -> str:
         """The ceiling, before anything is measured: what the drive gives if every expert has to be read."""
         p, probed = self.plan, self.loaded.probed
+        if p.vram is not None:
+            return (
+                f"drive {probed.read_mb_per_s:.0f} MB/s ({probed.reader}), PCIe"
+                f" {self.loaded.pcie_mb_per_s:.0f} MB/s to {torch.cuda.get_device_name()};"
+                f" {p.token_cycle_experts} experts of {p.expert_bytes / 1e6:.2f} MB a token;"
+                f" {p.vram.slots} of {p.experts} fit VRAM, {p.slots} RAM; context {p.context}"
+            )
         cycle_bytes = p.token_cycle_experts * p.expert_bytes
         least = probed.read_mb_per_s * 1e6 / cycle_bytes
         return (
@@ -154,8 +180,43 @@ class Bench:
             f" {torch.get_num_threads()} threads"
         )
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of `row`."""
+        return COLUMNS if self.plan.vram is None else GPU_COLUMNS
+
     def row(self, result: BenchResult) -> tuple[str, ...]:
-        """For people, under COLUMNS."""
+        """For people, under `columns`."""
+        return self._row_of_cpu(result) if self.plan.vram is None else self._row_of_gpu(result)
+
+    def _row_of_gpu(self, result: BenchResult) -> tuple[str, ...]:
+        least, most = result.spread("tokens_per_s")
+        assert self.plan.vram is not None
+
+        def median(figure: Callable[[Repetition, GpuRepetition], float]) -> float:
+            return statistics.median(figure(r, r.gpu) for r in result.repetitions if r.gpu is not None)
+
+        resident_s = median(lambda r, gpu: gpu.resident_token_s)
+        return (
+            self.name,
+            format_bytes(self.model.model_bytes),
+            format_bytes(self.plan.budget_bytes),
+            format_bytes(self.plan.vram.budget_bytes),
+            self.loaded.cache.policy.name,
+            result.name,
+            f"{result.median('tokens_per_s'):.2f}",
+            f"{least:.2f}–{most:.2f}",
+            f"{result.median('hit_rate'):.1%}",
+            f"{median(lambda r, gpu: gpu.ram_hits / r.misses if r.misses else 0):.1%}",
+            f"{median(lambda r, gpu: gpu.bytes_in / r.tokens / 1e6):.1f}",
+            f"{result.median('mb_per_token'):.1f}",
+            f"{median(lambda r, gpu: gpu.cpu_experts / r.tokens):.1f}",
+            f"{1 / resident_s:.1f}" if resident_s else "",
+            f"{result.median('bound_tokens_per_s'):.2f}",
+            f"{result.median('share_of_bound'):.0%}",
+        )
+
+    def _row_of_cpu(self, result: BenchResult) -> tuple[str, ...]:
         least, most = result.spread("tokens_per_s")
         return (
             self.name,
@@ -192,7 +253,7 @@ class Bench:
 
     def _prefill(self, tokens: list[int]) -> Repetition:
         self.loaded.engine.reuse(tokens)
-        return self._timed(len(tokens), lambda: self.loaded.engine.prefill(tokens))
+        return self._timed(len(tokens), lambda: self.loaded.engine.prefill(tokens), is_decode=False)
 
     def _decode(self, tokens: list[int]) -> Repetition:
         prefix, rest = tokens[:DECODE_PREFIX], tokens[DECODE_PREFIX:]
@@ -203,9 +264,9 @@ class Bench:
             for token in rest:
                 self.loaded.engine.decode_one_token(token)
 
-        return self._timed(len(rest), steps)
+        return self._timed(len(rest), steps, is_decode=True)
 
-    def _timed(self, tokens: int, work: Callable[[], object]) -> Repetition:
+    def _timed(self, tokens: int, work: Callable[[], object], is_decode: bool) -> Repetition:
         counters = self.loaded.cache.counters
         before, begin = counters.snapshot(), time.perf_counter()
         work()
@@ -219,6 +280,23 @@ class Bench:
             stall_s=spent.stall_s,
             read_s=spent.read_s,
             drive_mb_per_s=self.loaded.probed.read_mb_per_s,
+            gpu=self._gpu_figures(spent, is_decode),
+        )
+
+    def _gpu_figures(self, spent: CacheCounters, is_decode: bool) -> GpuRepetition | None:
+        if self.plan.vram is None:
+            return None
+        from flashmoe.gpu_decoder import GpuDecoder
+        from flashmoe.vram_cache import VramCounters
+
+        decoder = self.loaded.engine.decoder
+        assert isinstance(decoder, GpuDecoder) and isinstance(spent, VramCounters)
+        return GpuRepetition(
+            ram_hits=spent.ram_hits,
+            cpu_experts=spent.cpu_experts,
+            bytes_in=spent.bytes_in,
+            pcie_mb_per_s=self.loaded.pcie_mb_per_s,
+            resident_token_s=decoder.resident_token_s() if is_decode else 0.0,
         )
 
 

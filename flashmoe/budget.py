@@ -7,11 +7,14 @@ token cycle a cache hardly hits, above what the system leaves us paging undoes i
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashmoe.config import MAX_DEFAULT_CONTEXT, ModelConfig
 from flashmoe.errors import BudgetError, ConfigError
 from flashmoe.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from flashmoe.vram_budget import VramPlan
 
 PREFILL_CHUNK = 512  # tokens; the same for every budget, or the bits of a long prompt would depend on it
 SMALLEST_DEFAULT_CONTEXT = 512
@@ -20,6 +23,8 @@ KV_SHARE = 0.25
 # Library code and buffers touched only after planning: math library threads, allocator slack. With two
 # threads they took up to 80 MiB (docs/benchmarks.md); the rest is for more threads.
 LATE_PROCESS_BYTES = 48 << 20
+# With a GPU: what driver, kernels and pinned buffers take of RAM after planning (docs/benchmarks.md).
+GPU_HOST_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,7 @@ class Sizes:
     expert_bytes: int
     experts: int  # routed experts of all layers
     available_bytes: int  # what the system, or the process's cgroup, leaves for this process in all
+    on_gpu: bool = False  # dense weights, KV cache and workspace are elsewhere: flashmoe/vram_budget.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,7 @@ class BudgetPlan:
     token_cycle_experts: int  # layers x top-k: the experts one token uses
     warnings: tuple[str, ...]
     staging_slots: int = 0  # of `slots`, those that guesses are read into
+    vram: "VramPlan | None" = None  # of a run on a GPU: dense weights and KV cache are there
 
     @property
     def slots_bytes(self) -> int:
@@ -68,16 +75,22 @@ class BudgetPlan:
         each = f"{format_bytes(self.slot_bytes)} each"
         if self.staging_slots:
             each += f", {self.staging_slots} of them for guesses"
+        slots = ("expert slots", format_bytes(self.slots_bytes),
+                 f"{self.slots} of {self.experts} experts ({share:.0%}), {each}")  # fmt: skip
+        process = ("process", format_bytes(self.process_bytes), "interpreter and libraries")
+        planned = ("planned", format_bytes(self.planned_bytes), f"of {format_bytes(self.budget_bytes)}")
+        workspace = format_bytes(self.workspace_bytes)
+        if self.vram is not None:
+            buffers = ("workspace", workspace, "what the driver and pinned buffers take of RAM")
+            return [*self.vram.rows(), process, buffers, slots, (*planned[:2], f"{planned[2]} RAM")]
         return [
-            ("process", format_bytes(self.process_bytes), "interpreter and libraries"),
+            process,
             ("dense weights", format_bytes(self.dense_bytes), "attention, router, embeddings"),
             ("KV cache", format_bytes(self.kv_cache_bytes), f"context of {self.context} tokens, fp32"),
-            ("workspace", format_bytes(self.workspace_bytes), 
-             f"prefill, {min(PREFILL_CHUNK, self.context)} tokens at a time"),
-            ("expert slots", format_bytes(self.slots_bytes),
-             f"{self.slots} of {self.experts} experts ({share:.0%}), {each}"),
-            ("planned", format_bytes(self.planned_bytes), f"of {format_bytes(self.budget_bytes)}"),
-        ]  # fmt: skip
+            ("workspace", workspace, f"prefill, {min(PREFILL_CHUNK, self.context)} tokens at a time"),
+            slots,
+            planned,
+        ]
 
     def as_dict(self) -> Mapping[str, Any]:
         """For programs: every field, and the two sums."""
@@ -101,23 +114,24 @@ def plan_budget(config: ModelConfig, sizes: Sizes, budget_bytes: int, context: i
         parts = {
             "process": sizes.process_bytes + LATE_PROCESS_BYTES,
             "dense weights": sizes.dense_bytes,
-            f"KV cache for {least_context} tokens": least_context * config.kv_bytes_per_token,
-            "workspace": workspace_bytes(config, least_context),
+            f"KV cache for {least_context} tokens": _kv_bytes(config, sizes, least_context),
+            "workspace": _workspace_bytes(config, sizes, least_context),
             f"{least_slots} expert slots": least_slots * sizes.slot_bytes,
         }
         raise BudgetError(
             f"RAM budget {format_bytes(budget_bytes)} is below the {format_bytes(smallest)} that this"
             f" {config.model_type} model needs:"
-            f" {', '.join(f'{part} {format_bytes(size)}' for part, size in parts.items())};"
-            f" try --ram-budget {_advice(smallest)}" + ("" if context is None else " or a smaller --context")
+            f" {', '.join(f'{part} {format_bytes(size)}' for part, size in parts.items() if size)};"
+            f" try --ram-budget {advised_budget(smallest)}"
+            + ("" if context is None else " or a smaller --context")
         )
     tokens, slots = _divide(config, sizes, budget_bytes, context)
     return BudgetPlan(
         budget_bytes=budget_bytes,
         process_bytes=sizes.process_bytes + LATE_PROCESS_BYTES,
         dense_bytes=sizes.dense_bytes,
-        kv_cache_bytes=tokens * config.kv_bytes_per_token,
-        workspace_bytes=workspace_bytes(config, tokens),
+        kv_cache_bytes=_kv_bytes(config, sizes, tokens),
+        workspace_bytes=_workspace_bytes(config, sizes, tokens),
         slot_bytes=sizes.slot_bytes,
         slots=slots,
         experts=sizes.experts,
@@ -129,16 +143,24 @@ def plan_budget(config: ModelConfig, sizes: Sizes, budget_bytes: int, context: i
     )
 
 
-def _advice(nbytes: int) -> str:
-    """A budget to try, rounded up to 16 MiB: no two processes are of quite the same size."""
+def advised_budget(nbytes: int) -> str:
+    """As text: a budget to try, rounded up to 16 MiB: no two processes are of quite the same size."""
     return f"{-(-nbytes // (16 << 20)) * 16}M"
 
 
 def _fixed_bytes(config: ModelConfig, sizes: Sizes, tokens: int) -> int:
     """All but the slots, for a context of `tokens`."""
     process = sizes.process_bytes + LATE_PROCESS_BYTES
-    kv_cache = tokens * config.kv_bytes_per_token
-    return process + sizes.dense_bytes + kv_cache + workspace_bytes(config, tokens)
+    workspace = _workspace_bytes(config, sizes, tokens)
+    return process + sizes.dense_bytes + _kv_bytes(config, sizes, tokens) + workspace
+
+
+def _kv_bytes(config: ModelConfig, sizes: Sizes, tokens: int) -> int:
+    return 0 if sizes.on_gpu else tokens * config.kv_bytes_per_token
+
+
+def _workspace_bytes(config: ModelConfig, sizes: Sizes, tokens: int) -> int:
+    return GPU_HOST_BYTES if sizes.on_gpu else workspace_bytes(config, tokens)
 
 
 def _divide(config: ModelConfig, sizes: Sizes, budget_bytes: int, context: int | None) -> tuple[int, int]:
@@ -157,6 +179,8 @@ def _default_context(config: ModelConfig, sizes: Sizes, budget_bytes: int) -> in
     if spare <= 0 or most == least:
         return least
     whole = _fixed_bytes(config, sizes, most) - paid  # linear in the tokens beyond `least`
+    if not whole:
+        return most
     return least + min(most - least, int((most - least) * KV_SHARE * spare / whole))
 
 

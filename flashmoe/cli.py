@@ -33,7 +33,8 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "see
 # Options of `compare` that say nothing without --trace, or without --prompts.
 ON_TRACES = ("capacity", "scope", "holdout", "plot", "jobs")
 LIVE = ("model", "context", "generate", "max_tokens", "repeat", "prefetch", "ram_budget", "reader", "threads",
-        "exact_activations", "check_reads")  # fmt: skip
+        "exact_activations", "check_reads", "device", "vram_budget", "cpu_experts",
+        "token_rounding")  # fmt: skip
 FULL = "--context N holds more"
 
 
@@ -92,7 +93,13 @@ def plan(arguments: argparse.Namespace, screen: Screen) -> int:
     from flashmoe.loader import plan_model
 
     model = _open(arguments)
-    bought = plan_model(model, RunConfig(arguments.ram_budget, context=arguments.context))
+    run_config = RunConfig(
+        arguments.ram_budget,
+        context=arguments.context,
+        device=arguments.device,
+        vram_budget=arguments.vram_budget,
+    )
+    bought = plan_model(model, run_config)
     for warning in bought.warnings:
         screen.say(f"warning: {warning}")
     facts = {
@@ -118,7 +125,7 @@ def plan(arguments: argparse.Namespace, screen: Screen) -> int:
 def bench(arguments: argparse.Namespace, screen: Screen) -> int:
     """Measure prefill and decode. The table goes to stdout, or to stderr when stdout is to carry JSON."""
     _check_predictor_usage(arguments)
-    from flashmoe.bench import COLUMNS, Bench, context_for
+    from flashmoe.bench import Bench, context_for
     from flashmoe.bench_text import BUILT_IN_TEXT, TokenText, read_prompts
     from flashmoe.config import PREDICTOR_NAMES, RunConfig
     from flashmoe.loader import load_engine, plan_model
@@ -138,6 +145,10 @@ def bench(arguments: argparse.Namespace, screen: Screen) -> int:
         scope=arguments.scope,
         prefetch=arguments.prefetch,
         predictor=arguments.predictor or PREDICTOR_NAMES[0],
+        device=arguments.device,
+        vram_budget=arguments.vram_budget,
+        cpu_experts=arguments.cpu_experts,
+        token_rounding=arguments.token_rounding,
     )
     model = _open(arguments)
     text = TokenText(model.tokenizer, texts)
@@ -150,7 +161,7 @@ def bench(arguments: argparse.Namespace, screen: Screen) -> int:
         show = screen.say if arguments.json else lambda lines: screen.write(lines + "\n")
         show(measured.bound_line())
         results = list(measured.run(text, *tests, arguments.repeat, arguments.cold, screen.remark))
-        show(_table([COLUMNS, *(measured.row(result) for result in results)], " | "))
+        show(_table([measured.columns, *(measured.row(result) for result in results)], " | "))
         start = "every repetition starts" if arguments.cold else "the very first repetition starts"
         show(f"medians; {start} with empty slots")
         if arguments.json:
@@ -394,6 +405,10 @@ def _load_llm(
             prefetch=prefetch,
             predictor=getattr(arguments, "predictor", None) or PREDICTOR_NAMES[0],
             learn=getattr(arguments, "learn", False),
+            device=arguments.device,
+            vram_budget=arguments.vram_budget,
+            cpu_experts=arguments.cpu_experts,
+            token_rounding=arguments.token_rounding,
             progress=progress,
             on_plan=partial(_show_plan, screen=screen),
         )

@@ -28,6 +28,8 @@ _YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 SCOPES = ("global", "layer")
 READER_NAMES = ("auto", "direct", "buffered", "mmap")
+DEVICES = ("auto", "cpu", "cuda")
+CPU_EXPERTS = ("auto", "never", "always")
 # What flashmoe/predictors.py builds; here, since naming them needs no torch.
 PREDICTOR_NAMES = ("next-router", "transitions", "maps", "learned")
 MAX_DEFAULT_CONTEXT = 8192
@@ -282,6 +284,10 @@ class RunConfig:
     prefetch: str = "auto"  # if it is measured to pay, or "off"; a number: at most so many guesses a layer
     learn: bool = False  # keep the routing of chats, and train the learned policy on it
     predictor: str = PREDICTOR_NAMES[0]  # who guesses what prefetch reads
+    device: str = "cpu"  # what computes; "auto": a GPU if there is one
+    vram_budget: str = "auto"  # as ram_budget, of the GPU
+    cpu_experts: str = "auto"  # whether the CPU computes an expert that is in RAM but not in VRAM
+    token_rounding: bool = False  # on a GPU: prompts keep only as many tokens of an expert as fill tiles
 
     def __post_init__(self) -> None:
         if not isinstance(self.ram_budget, str):
@@ -297,6 +303,12 @@ class RunConfig:
             self._check_whole("prefetch", int(self.prefetch), 1, 64)
         if self.predictor not in PREDICTOR_NAMES:
             raise ConfigError(f"unknown predictor {self.predictor!r}; known are {', '.join(PREDICTOR_NAMES)}")
+        if self.device not in DEVICES:
+            raise ConfigError(f"unknown device {self.device!r}; known are {', '.join(DEVICES)}")
+        if not isinstance(self.vram_budget, str):
+            raise ConfigError(f"vram_budget is {self.vram_budget!r}, not text such as 8G")
+        if self.cpu_experts not in CPU_EXPERTS:
+            raise ConfigError(f"--cpu-experts {self.cpu_experts!r}: known are {', '.join(CPU_EXPERTS)}")
         self._check_whole("context", self.context, 16, 1 << 31)
         self._check_whole("threads", self.threads, 1, 1024)
         self._check_whole("seed", self.seed, 0, 2**63 - 1)

@@ -1,6 +1,7 @@
 """Prefill and decode: token ids in, logits out, reusing the KV cache of what went before."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -8,11 +9,14 @@ from flashmoe.budget import PREFILL_CHUNK
 from flashmoe.decoder import Decoder
 from flashmoe.errors import ContextError, ModelError
 
+if TYPE_CHECKING:
+    from flashmoe.gpu_decoder import GpuDecoder
+
 
 class Engine:
     """One sequence. `tokens` are the ids whose keys and values are in the KV cache."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: "Decoder | GpuDecoder") -> None:
         self.decoder = decoder
         self.tokens: list[int] = []
 

@@ -5,12 +5,14 @@ says.
 """
 
 import errno
+import importlib.util
 import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,8 +28,8 @@ from flashmoe.predictors import PREDICTORS, predictor_bytes
 from flashmoe.prefetch import AUTO_GUESSES, MAX_STAGING, Prefetcher
 from flashmoe.sizes import format_bytes, parse_size
 from flashmoe.tokenizer import Tokenizer
-from flashmoe.weights import CheckpointLayout, DenseWeights, ExpertId, load_dense
-from kernels.native import ISA_VARIABLE, Format, make_context
+from flashmoe.weights import CPU, CheckpointLayout, DenseWeights, ExpertId, load_dense
+from kernels.native import ISA_VARIABLE, Context, Format, make_context
 from storage import host
 from storage.checkpoint import open_checkpoint
 from storage.drive_probe import ProbeResult, probe
@@ -35,9 +37,15 @@ from storage.expert_file import CheckedReader, read_manifest
 from storage.expert_reader import ExpertReader, ReadPlan, open_reader, plan_read
 from storage.read_queue import ReadQueue
 
+if TYPE_CHECKING:
+    from flashmoe.vram_budget import VramPlan
+    from flashmoe.vram_cache import VramCache
+
+Progress = Callable[[str, int, int], None]  # what, done, total
 # What `auto` chooses from. Not mmap: its pages are the system's to take back; it keeps a budget only by luck.
 AUTO_READERS = ("direct", "buffered")
 PROBED_EXPERTS = 64
+PASSING_SLOTS = 4  # RAM slots for each of a token's experts, where VRAM holds all experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,22 +87,47 @@ def open_model(folder: Path) -> OpenedModel:
 
 
 def plan_model(model: OpenedModel, run: RunConfig) -> BudgetPlan:
-    """What `run.ram_budget` buys for this model, in this process as it stands."""
+    """What `run.ram_budget` buys for this model, in this process as it stands, and `run.vram_budget` if it
+    runs on a GPU."""
+    c, vram = model.config, None
+    if uses_gpu(run):
+        from flashmoe.gpu_loader import vram_plan
+
+        vram = vram_plan(c, model.layout.dense_bytes, model.expert_format, len(model.read_plans), run)
     process = host.rss_bytes()
-    c = model.config
     whole = Geometry(c.num_moe_layers, c.num_experts, c.num_experts_per_tok, len(model.read_plans))
     available = host.memory_limit().available_bytes + process
-    predictor = 0 if run.prefetch == "off" else predictor_bytes(run.predictor, c)
+    predictor = 0 if run.prefetch == "off" or vram else predictor_bytes(run.predictor, c)
     sizes = Sizes(
-        process_bytes=process + policy_bytes(run.policy, whole) + predictor,
-        dense_bytes=model.layout.dense_bytes,
+        process_bytes=process + (1 + (vram is not None)) * policy_bytes(run.policy, whole) + predictor,
+        dense_bytes=0 if vram else model.layout.dense_bytes,
         slot_bytes=model.slot_bytes,
         expert_bytes=max(plan.expert_bytes for plan in model.read_plans.values()),
         experts=len(model.read_plans),
         available_bytes=available,
+        on_gpu=vram is not None,
     )
     budget = parse_size(run.ram_budget, free_bytes=available)
-    return share_slots(plan_budget(model.config, sizes, budget, run.context), model.config, run)
+    plan = plan_budget(c, sizes, budget, run.context if vram is None else vram.context)
+    if vram is not None and vram.holds_all:  # RAM is only what experts pass through on their way
+        plan = replace(plan, slots=min(plan.slots, PASSING_SLOTS * c.num_experts_per_tok))
+    return share_slots(replace(plan, vram=vram), c, run)
+
+
+def uses_gpu(run: RunConfig) -> bool:
+    """Whether `run.device` means an NVIDIA GPU here. ConfigError if it asks for one in vain."""
+    if run.device == "cpu" or (run.device == "auto" and not torch.cuda.is_available()):
+        return False
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"--device cuda: torch {torch.__version__} sees no NVIDIA GPU; install a CUDA build of torch"
+            " and a driver, or take --device cpu"
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError('--device cuda needs Triton: pip install "flashmoe[gpu]", or take --device cpu')
+    if run.reader == "mmap":
+        raise ConfigError("--reader mmap has no RAM slots to copy from; a GPU takes direct or buffered")
+    return True
 
 
 def share_slots(plan: BudgetPlan, config: ModelConfig, run: RunConfig) -> BudgetPlan:
@@ -111,16 +144,17 @@ class LoadedEngine:
 
     engine: Engine
     weights: DenseWeights
-    cache: ExpertCache
+    cache: "ExpertCache | VramCache"
     probed: ProbeResult
     dense_load_s: float
+    pcie_mb_per_s: float = 0.0  # of copies RAM -> VRAM, where there is a GPU
 
 
 def load_engine(
     model: OpenedModel,
     plan: BudgetPlan,
     run: RunConfig,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> LoadedEngine:
     """Probe the drive, read the dense weights, allocate KV cache and slots; `progress` counts bytes."""
     if run.check_reads and model.layout.packed is None:
@@ -139,10 +173,10 @@ def load_engine(
         list(model.read_plans.values()), min(PROBED_EXPERTS, plan.experts)
     )
     probed = probe(paths, shard_bytes, sample, AUTO_READERS if run.reader == "auto" else (run.reader,))
+    if plan.vram is not None:
+        return _load_on_gpu(model, plan, plan.vram, run, kernels, probed, progress)
     with _allocating(plan):
-        begin = time.perf_counter()
-        weights = load_dense(model.layout, _progress_of_bytes(progress, model.layout.dense_read_bytes))
-        dense_load_s = time.perf_counter() - begin
+        weights, dense_load_s = _load_dense(model, CPU, progress)
         cache = open_cache(model, plan, run, probed.reader)
         decoder = Decoder(
             model.config, weights, cache, plan.context, kernels, model.expert_format, run.exact_activations
@@ -150,6 +184,34 @@ def load_engine(
         decoder.prefetcher = open_prefetcher(decoder, weights, plan, run)
         engine = Engine(decoder)
     return LoadedEngine(engine, weights, cache, probed, dense_load_s)
+
+
+def _load_on_gpu(
+    model: OpenedModel, plan: BudgetPlan, vram: "VramPlan", run: RunConfig, kernels: Context,
+    probed: ProbeResult, progress: Progress | None,
+) -> LoadedEngine:  # fmt: skip
+    from flashmoe.gpu_loader import allocating, build_decoder, fill_vram, limit_vram, pcie_mb_per_s
+
+    device = torch.device("cuda")
+    limit_vram(vram)
+    with _allocating(plan), allocating(vram):
+        weights, dense_load_s = _load_dense(model, device, progress)
+        ram = open_cache(model, plan, run, probed.reader)
+        decoder = build_decoder(model.config, weights, ram, kernels, model.expert_format, vram, run, device)
+        if vram.holds_all:
+            fill_vram(decoder.experts, model.config, progress)
+        rate = pcie_mb_per_s()
+    return LoadedEngine(Engine(decoder), weights, decoder.experts, probed, dense_load_s, rate)
+
+
+def _load_dense(
+    model: OpenedModel, device: torch.device, progress: Progress | None
+) -> tuple[DenseWeights, float]:
+    """The dense weights, and how many seconds they took."""
+    begin = time.perf_counter()
+    told = _progress_of_bytes(progress, model.layout.dense_read_bytes)
+    weights = load_dense(model.layout, told, device)
+    return weights, time.perf_counter() - begin
 
 
 def open_cache(model: OpenedModel, plan: BudgetPlan, run: RunConfig, reader_name: str) -> ExpertCache:
@@ -213,9 +275,7 @@ def _allocating(plan: BudgetPlan) -> Iterator[None]:
         ) from error
 
 
-def _progress_of_bytes(
-    progress: Callable[[str, int, int], None] | None, total: int
-) -> Callable[[int], None] | None:
+def _progress_of_bytes(progress: Progress | None, total: int) -> Callable[[int], None] | None:
     if progress is None:
         return None
     done = 0

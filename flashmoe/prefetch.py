@@ -76,15 +76,12 @@ class Trial:
             self.on = not self.on
 
 
-class Prefetcher:
-    """Turns guesses into reads. `at_most` a layer; `automatic` leaves the decision to a `Trial`."""
+class PrefetchSwitch:
+    """Whether to guess now, at most `at_most` experts a layer; `automatic`: a `Trial` decides."""
 
-    def __init__(
-        self, predictor: Predictor, at_most: int, automatic: bool = False, least_confidence: float = 0.0
-    ) -> None:
-        self.predictor, self.at_most, self.least_confidence = predictor, at_most, least_confidence
+    def __init__(self, at_most: int, automatic: bool = False) -> None:
+        self.at_most = at_most
         self.trial = Trial() if automatic else None
-        self._clock = _IdleClock()
         self._token_began_s: float | None = None
 
     @property
@@ -101,14 +98,28 @@ class Prefetcher:
         return f"auto: {'on' if self.trial.on else 'off'}, time a token {-self.trial.gain:+.1%} with it"
 
     def forward_begins(self, token_ids: Sequence[int]) -> None:
-        self.predictor.forward_begins(token_ids)
-        self._clock.pause()
         self._token_began_s = time.perf_counter() if len(token_ids) == 1 else None
 
     def forward_ends(self) -> None:
         """All layers have run."""
         if self.trial is not None and self._token_began_s is not None:
             self.trial.token_took(time.perf_counter() - self._token_began_s)
+
+
+class Prefetcher(PrefetchSwitch):
+    """Turns a predictor's guesses into reads."""
+
+    def __init__(
+        self, predictor: Predictor, at_most: int, automatic: bool = False, least_confidence: float = 0.0
+    ) -> None:
+        super().__init__(at_most, automatic)
+        self.predictor, self.least_confidence = predictor, least_confidence
+        self._clock = _IdleClock()
+
+    def forward_begins(self, token_ids: Sequence[int]) -> None:
+        super().forward_begins(token_ids)
+        self.predictor.forward_begins(token_ids)
+        self._clock.pause()
 
     def routed(
         self, cache: ExpertCache, layer: int, x: Tensor, routed: Sequence[int], scores: Sequence[float]

@@ -62,8 +62,8 @@ class Rotary:
         frequencies, factor = inverse_frequencies(config.rope, config.head_dim)
         angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies)
         angles = angles.repeat(1, 2)  # [context, d]
-        self._cos, self._sin = angles.cos() * factor, angles.sin() * factor
+        self.cos, self.sin = angles.cos() * factor, angles.sin() * factor
 
     def addresses(self, position: int) -> tuple[int, int]:
         """Where cos and sin of `position` lie; those of later positions follow."""
-        return self._cos[position].data_ptr(), self._sin[position].data_ptr()
+        return self.cos[position].data_ptr(), self.sin[position].data_ptr()

@@ -23,6 +23,7 @@ from storage.expert_reader import Extent
 DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 ITEM_BYTES: Final = {"BF16": 2, "F16": 2, "F32": 4}
 ExpertId = tuple[int, int]
+CPU: Final = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,11 @@ class ExpertLayout:
 
 
 class Weight:
-    """A matrix [N, K] in memory: rows of a floating dtype, or packed bytes."""
+    """A matrix [N, K] in RAM or VRAM: rows of a floating dtype, or packed bytes."""
 
     def __init__(self, data: Tensor, format: Format, rows: int, columns: int) -> None:
         self.data, self.format, self.rows, self.columns = data, format, rows, columns
-        self.matrix = Matrix(data.data_ptr(), format, rows, columns)
+        self.matrix = Matrix(data.data_ptr(), format, rows, columns)  # of use where `data` is in RAM
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Weight":
@@ -302,8 +303,13 @@ class CheckpointLayout:
         return self._blocks[layer]
 
 
-def load_dense(layout: CheckpointLayout, progress: Callable[[int], None] | None = None) -> DenseWeights:
-    """Read all dense weights; `progress` is told the bytes read since its last call."""
+def load_dense(
+    layout: CheckpointLayout,
+    progress: Callable[[int], None] | None = None,
+    device: torch.device = CPU,
+) -> DenseWeights:
+    """Read all dense weights to `device`, one by one; `progress` is told the bytes read since its last
+    call."""
     c = layout.config
 
     def read(info: TensorInfo, into: Tensor) -> None:
@@ -315,7 +321,7 @@ def load_dense(layout: CheckpointLayout, progress: Callable[[int], None] | None 
         info = layout.checkpoint.tensors[name]
         tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
         read(info, tensor.view(torch.uint8).reshape(-1))
-        return tensor.float()
+        return tensor.float().to(device)
 
     def vectors(names: Sequence[str]) -> Tensor:
         return torch.cat([vector(name) for name in names])
@@ -326,7 +332,7 @@ def load_dense(layout: CheckpointLayout, progress: Callable[[int], None] | None 
         for info in where.parts:
             read(info, data[begin : begin + info.nbytes])
             begin += info.nbytes
-        return Weight(data, where.format, where.rows, where.columns)
+        return Weight(data.to(device), where.format, where.rows, where.columns)
 
     def layer_weights(layer: int) -> LayerWeights:
         at, full = f"model.layers.{layer}", c.family.qk_norm != "none"

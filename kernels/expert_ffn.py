@@ -50,10 +50,13 @@ class Routing:
 class ExpertFFN:
     """One layer's event at a time. Not for use from two threads at once."""
 
-    def __init__(self, context: Context, experts: Experts, hidden_size: int, top_k: int) -> None:
+    def __init__(
+        self, context: Context, experts: Experts, hidden_size: int, top_k: int, pinned: bool = False
+    ) -> None:
+        """`pinned`: one token's products can be copied to a GPU at once."""
         self._context, self._experts = context, experts
         self._hidden_size, self._top_k = hidden_size, top_k
-        self._products = torch.empty(top_k, hidden_size)  # grows to [T * K, D]
+        self.products = torch.empty(top_k, hidden_size, pin_memory=pinned)  # grows to [T * K, D]
         self._table = (ctypes.c_uint64 * (3 * top_k))()
         self._one_row_each = (ctypes.c_int32 * (top_k + 1))(*range(top_k + 1))
         self._rows = (ctypes.c_int32 * top_k)()
@@ -63,8 +66,8 @@ class ExpertFFN:
     def begin(self, x: Tensor) -> None:
         """Start an event for x [T, D] float32, contiguous; it must stay as it is until the last `add`."""
         tokens = len(x)
-        if len(self._products) < tokens * self._top_k:
-            self._products = torch.empty(tokens * self._top_k, self._hidden_size)
+        if len(self.products) < tokens * self._top_k:
+            self.products = torch.empty(tokens * self._top_k, self._hidden_size)
         self._context.moe_begin(self._experts, x.data_ptr(), tokens, self._top_k)
 
     def add_to_one_token(self, experts: Sequence[tuple[int, Addresses]]) -> None:
@@ -73,7 +76,7 @@ class ExpertFFN:
             self._table[3 * i : 3 * i + 3] = list(addresses)
             self._rows[i] = k
         table, row_begin, rows = self._addresses
-        self._context.moe_experts(table, len(experts), row_begin, rows, self._products.data_ptr())
+        self._context.moe_experts(table, len(experts), row_begin, rows, self.products.data_ptr())
 
     def add(self, routing: Routing, expert: int, addresses: Addresses) -> None:
         """Compute one expert for all its tokens."""
@@ -83,9 +86,9 @@ class ExpertFFN:
             1,
             routing.row_begin(expert),
             routing.rows,
-            self._products.data_ptr(),
+            self.products.data_ptr(),
         )
 
     def end(self, weights: Tensor, y: Tensor) -> None:
         """y [T, D] += the sum of each token's products, weights [T, K], in top-k order."""
-        self._context.moe_end(self._products.data_ptr(), weights.data_ptr(), y.data_ptr())
+        self._context.moe_end(self.products.data_ptr(), weights.data_ptr(), y.data_ptr())

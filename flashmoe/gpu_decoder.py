@@ -1,0 +1,410 @@
+"""The decoder on a GPU, for one sequence: `Decoder`'s counterpart, with experts in VRAM slots.
+
+A chunk of a prompt runs through torch's products layer by layer. One token is a chain of CUDA graphs, cut
+behind each layer's router. If every expert has a slot, the chain is one graph and the host is not in the way.
+Otherwise the host reads what a layer was routed to: if all of it is in VRAM it launches what follows and does
+its bookkeeping meanwhile; if not, it launches those that are there, fetches the others and launches the rest.
+While misses are rare, whole tokens are launched at once all the same: the router leaves a flag where an
+expert was missing, and the token goes on, layer by layer, from there. Axis letters: T tokens, D hidden, E
+experts, K experts per token, V vocabulary.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cache_policies.replay import serving_order
+from flashmoe.decoder import RoutingObserver
+from flashmoe.gpu_attention import GpuKVCache, bucket_for
+from flashmoe.gpu_graphs import Graph, GraphPool
+from flashmoe.gpu_model import (
+    GpuModel,
+    OneToken,
+    chunk_attention,
+    chunk_logits,
+    chunk_network,
+    chunk_router,
+    embed,
+    rms_norm,
+)
+from flashmoe.prefetch import PrefetchSwitch
+from flashmoe.vram_cache import VramCache
+from kernels.expert_ffn import Addresses, ExpertFFN
+from kernels.triton_decode import ExpertDecode
+from kernels.triton_moe import ExpertPrefill
+
+DECODE_TOKENS = 4  # so many at most take the decode kernels
+# Whole tokens are launched at once while fewer than this share of them lack an expert: a miss wastes half a
+# token's computing, which is about three times what waiting for every router costs.
+RARE_MISSES, NEWEST = 0.3, 0.1
+
+
+class GpuDecoder:
+    """Appends tokens to the KV cache and returns logits on the CPU. `check` is called before a token, and
+    before every layer of a chunk."""
+
+    def __init__(
+        self,
+        model: GpuModel,
+        cache: VramCache,
+        decode: ExpertDecode,
+        prefill: ExpertPrefill,
+        arena: Tensor,
+        table: Tensor,
+        host_experts: ExpertFFN | None = None,
+        prefetcher: PrefetchSwitch | None = None,
+    ) -> None:
+        """`arena` [slots, slot bytes] uint8 on the GPU; `table` [L, E] int32 is `cache`'s own, pinned."""
+        self.config, self.model, self.experts = model.config, model, cache
+        self.observer: RoutingObserver | None = None
+        self.prefetcher = prefetcher
+        self._decode, self._prefill, self._arena, self._table = decode, prefill, arena, table
+        self._host_experts = host_experts
+        self._one = one = OneToken(model)
+        self._steps = _Steps(self)
+        pin = model.device.type == "cuda"
+        self._token = torch.zeros(1, dtype=torch.int64, pin_memory=pin)
+        self._position = torch.zeros(1, dtype=torch.int32, pin_memory=pin)
+        self._routing = torch.zeros(one.routing.shape, pin_memory=pin)
+        self._h = torch.zeros(1, self.config.hidden_size, pin_memory=pin)
+        self._missed = torch.zeros(1, dtype=torch.int32, pin_memory=pin)
+        self._logits = torch.zeros(1, self.config.vocab_size, pin_memory=pin)
+        self._late_slots = torch.zeros(1, self.config.num_experts_per_tok, dtype=torch.int32, pin_memory=pin)
+        self._late = torch.zeros_like(self._late_slots, device=model.device)
+        self._guessed = torch.zeros(one.guessed.shape, dtype=torch.int32, pin_memory=pin)
+        self._probabilities, self._weights, self._ids = one.routing_parts(self._routing)
+        self._saved_x = torch.zeros(len(model.moe_layers), 1, self.config.hidden_size, device=model.device)
+        self._guessing = False  # in the token under way
+        self._misses = 1.0  # the share of recent tokens that lacked an expert
+        self._unreported: _TokenRouting | None = None
+        self._routed = torch.cuda.Event() if pin else None
+
+    @property
+    def kv_cache(self) -> GpuKVCache:
+        """Which tokens are valid, and how many there may be."""
+        return self.model.kv_cache
+
+    @torch.inference_mode()
+    def forward(
+        self, token_ids: Sequence[int], all_logits: bool = False, check: Callable[[], None] | None = None
+    ) -> Tensor:
+        """Run T tokens behind those in the KV cache -> logits [V] of the last one, or [T, V] with
+        `all_logits`. Those of one token alone are valid until the next call.
+
+        The KV cache counts the tokens only when every layer has run: an exception leaves it as it was.
+        """
+        tokens = len(token_ids)
+        assert self.kv_cache.length + tokens <= self.kv_cache.context, "more tokens than the context holds"
+        watchers = [w for w in (self.observer, self.prefetcher) if w is not None]
+        for watcher in watchers:
+            watcher.forward_begins(token_ids)
+        if tokens == 1 and not all_logits:
+            if check is not None:
+                check()
+            logits = self._one_token(token_ids[0])
+        else:
+            self._report()
+            logits = self._chunk(token_ids, all_logits, check)
+        for watcher in watchers:
+            watcher.forward_ends()
+        self.kv_cache.advance(tokens)
+        return logits
+
+    def resident_token_s(self, repeat: int = 9) -> float:
+        """Seconds that one more token takes the GPU if every expert is in VRAM: for bounds.
+
+        Any slot stands in for an expert that is not; what comes out is of no use, and nothing remembers it.
+        """
+        bucket = bucket_for(min(self.kv_cache.length + 1, self.kv_cache.context), self.kv_cache.context)
+        self._steps.prepare(bucket, True, False)
+        kept = self._table.clone()
+        self._table.copy_(torch.arange(kept.numel(), dtype=torch.int32).view_as(kept) % len(self._arena))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        seconds = []
+        for _ in range(repeat):
+            begin.record()
+            self._steps.whole(bucket).launch()
+            end.record()
+            end.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1e3)
+        self._table.copy_(kept)
+        return statistics.median(seconds)
+
+    # One token
+
+    def _one_token(self, token: int) -> Tensor:
+        position = self.kv_cache.length
+        bucket = bucket_for(position + 1, self.kv_cache.context)
+        self._token[0], self._position[0] = token, position
+        at_once = self.experts.is_complete or self._misses < RARE_MISSES
+        self._guessing = not at_once and self.prefetcher is not None and self.prefetcher.is_on
+        self._steps.prepare(bucket, at_once, self._guessing)
+        if at_once:
+            self._steps.whole(bucket).launch()
+            self._mark()
+            self._report()  # of the token before, while this one is computed
+            self._wait()
+            first = min(int(self._missed[0]), len(self.model.moe_layers))
+            missed = first < len(self.model.moe_layers)
+            self._note(token, first)
+            if missed:
+                self._report()
+                self._one.x.copy_(self._saved_x[first])
+                self._layer_by_layer(bucket, first, token)
+        else:
+            self._report()
+            self._steps.segment(bucket, 0, self._guessing).launch()
+            self._mark()
+            missed = self._layer_by_layer(bucket, 0, token)
+        if not self.experts.is_complete:
+            self._misses += NEWEST * (missed - self._misses)
+        return self._logits[0]
+
+    def _layer_by_layer(self, bucket: int, first: int, token: int) -> bool:
+        """The rest of a token whose layer `first` is routed, or being routed. Whether an expert was missing.
+        Waits for the logits."""
+        missed = False
+        for ordinal in range(first, len(self.model.moe_layers)):
+            layer = self.model.moe_layers[ordinal]
+            self._wait()
+            ids = self._ids[ordinal].tolist()
+            here = self.experts.all_resident(layer, ids)
+            if here:
+                self._steps.run(ordinal).launch()
+                self._steps.segment(bucket, ordinal + 1, self._guessing).launch()
+                self._mark()
+            weights, scores = self._weights[ordinal].tolist(), self._probabilities[ordinal].numpy()
+            if here:
+                self.experts.hit_event(layer, ids, weights, scores, token)
+            else:
+                missed = True
+                self._fetch(ordinal, ids, weights, scores, token)
+                self._steps.segment(bucket, ordinal + 1, self._guessing).launch()
+                self._mark()
+            if self._guessing and ordinal + 1 < len(self.model.moe_layers):
+                assert self.prefetcher is not None
+                after, guessed = self.model.moe_layers[ordinal + 1], self._guessed[ordinal + 1, 0].tolist()
+                self.experts.prefetch([(after, expert) for expert in guessed], self.prefetcher.at_most)
+            if self.observer is not None:
+                rows = slice(ordinal, ordinal + 1)
+                self.observer.routed(layer, self._ids[rows], self._weights[rows], self._probabilities[rows])
+        self._wait()
+        return missed
+
+    def _fetch(
+        self, ordinal: int, ids: list[int], weights: list[float], scores: NDArray[np.float32], token: int
+    ) -> None:
+        """A layer's experts, of which some are not in VRAM: products of all of them."""
+        event = self.experts.fetch(self.model.moe_layers[ordinal], ids, weights, scores, token)
+        self._steps.run(ordinal).launch()  # those that are there; the others' slots are -1
+        if event.cpu:
+            self._compute_on_cpu(event.cpu)
+        self._late_slots.fill_(-1)
+        for place, slot in event.late():
+            self._late_slots[0, place] = slot
+        self._steps.late(ordinal).launch()
+        event.settle()
+
+    def _compute_on_cpu(self, experts: Sequence[tuple[int, Addresses]]) -> None:
+        ffn = self._host_experts
+        assert ffn is not None
+        ffn.begin(self._h)
+        ffn.add_to_one_token(experts)
+        for place, _ in experts:
+            self._decode.products[place].copy_(ffn.products[place], non_blocking=True)
+
+    def _note(self, token: int, routed: int) -> None:
+        """The first `routed` layers of a token launched whole had all experts: tell policy and observer, the
+        policy while the next token is computed."""
+        if self.observer is not None:
+            for ordinal, layer in enumerate(self.model.moe_layers[:routed]):
+                rows = slice(ordinal, ordinal + 1)
+                self.observer.routed(layer, self._ids[rows], self._weights[rows], self._probabilities[rows])
+        if self.experts.is_complete:
+            self.experts.counters.hits += routed * self.config.num_experts_per_tok
+        else:
+            self._unreported = _TokenRouting(token, self._routing[:routed].clone())
+
+    def _report(self) -> None:
+        """Tell the policy what an earlier token was routed to."""
+        if self._unreported is None:
+            return
+        token, self._unreported = self._unreported, None
+        probabilities, weights, ids = self._one.routing_parts(token.routing)
+        for ordinal in range(len(token.routing)):
+            self.experts.hit_event(
+                self.model.moe_layers[ordinal], ids[ordinal].tolist(), weights[ordinal].tolist(),
+                probabilities[ordinal].numpy(), token.token,
+            )  # fmt: skip
+
+    def _mark(self) -> None:
+        if self._routed is not None:
+            self._routed.record()
+
+    def _wait(self) -> None:
+        """Until the GPU has done what was marked last."""
+        if self._routed is not None:
+            self._routed.synchronize()
+
+    # A chunk of a prompt
+
+    def _chunk(
+        self, token_ids: Sequence[int], all_logits: bool, check: Callable[[], None] | None
+    ) -> Tensor:
+        model = self.model
+        self._one.table.copy_(self._table, non_blocking=True)
+        x = embed(model, torch.tensor(token_ids, device=model.device))
+        distinct = torch.zeros(self.config.num_experts, device=model.device)
+        ordinal = 0
+        for index in range(self.config.num_hidden_layers):
+            if check is not None:
+                check()
+            chunk_attention(model, index, x)
+            if not self.config.moe_layers[index]:
+                norm = model.layers[index].weights.post_attention_norm
+                chunk_network(model, index, rms_norm(model, x, norm), x)
+                continue
+            h, probabilities, weights, ids = chunk_router(model, index, x)
+            if self.observer is not None:
+                self.observer.routed(index, ids.cpu(), weights.cpu(), probabilities.cpu())
+            if self.experts.is_complete:
+                self._prefill.run(h, ids, self._one.table[ordinal], self._arena, weights)
+                distinct += torch.zeros_like(distinct).scatter_(0, ids.view(-1).long(), 1.0)
+            else:
+                self._stream(index, h, ids, weights, probabilities, token_ids)
+            self._prefill.combine(weights, x)
+            chunk_network(model, index, h, x)
+            ordinal += 1
+        logits = chunk_logits(model, x if all_logits else x[-1:]).cpu()
+        self.experts.counters.hits += int(distinct.sum())
+        return logits if all_logits else logits[0]
+
+    def _stream(
+        self, index: int, h: Tensor, ids: Tensor, weights: Tensor, probabilities: Tensor,
+        token_ids: Sequence[int],
+    ) -> None:  # fmt: skip
+        """Products of a chunk's experts, group by group as they are in VRAM."""
+        on_host = ids.cpu()
+        self.experts.observe(
+            index, on_host.tolist(), weights.cpu().tolist(), probabilities.cpu().numpy(), token_ids
+        )
+        for group in self.experts.stream(index, serving_order(on_host.numpy())):
+            table = torch.full((self.config.num_experts,), -1, dtype=torch.int32)
+            for expert, slot in group:
+                table[expert] = slot
+            self._prefill.run(h, ids, table.to(h.device, non_blocking=True), self._arena, weights)
+
+
+class _TokenRouting(NamedTuple):
+    """What a token's layers were routed to: rows as in `OneToken.routing`."""
+
+    token: int
+    routing: Tensor
+
+
+class _Steps:
+    """One token's graphs, each captured once."""
+
+    def __init__(self, decoder: GpuDecoder) -> None:
+        self._decoder, self._pool = decoder, GraphPool(decoder.model.device)
+        self._segments = decoder.model.segments()
+        self._graphs: dict[tuple[str, int, int], Graph] = {}
+
+    def prepare(self, bucket: int, at_once: bool, guessing: bool) -> None:
+        """Capture what a token may need. Not while one is under way: what is captured runs once."""
+        last = len(self._segments) - 1
+        if at_once:
+            self.whole(bucket)
+        if not self._decoder.experts.is_complete:
+            for ordinal in range(last + 1):
+                self.segment(bucket, ordinal, guessing)
+                if ordinal < last:
+                    self.run(ordinal)
+                    self.late(ordinal)
+
+    def whole(self, bucket: int) -> Graph:
+        """The whole token, which sees the first `bucket` keys."""
+        return self._graph("whole", bucket, 0, partial(self._whole, bucket))
+
+    def segment(self, bucket: int, ordinal: int, guessing: bool) -> Graph:
+        """From the experts' sum before layer `ordinal` (of those with experts) to its router, or to the
+        logits. `guessing`: what the next layer will ask for, too."""
+        what = "guessing segment" if guessing else "segment"
+        return self._graph(what, bucket, ordinal, partial(self._segment, bucket, ordinal, guessing))
+
+    def run(self, ordinal: int) -> Graph:
+        """The experts of layer `ordinal` that the router found in VRAM."""
+        return self._graph("run", 0, ordinal, partial(self._run, ordinal))
+
+    def late(self, ordinal: int) -> Graph:
+        """Those that have come since, by the decoder's list of slots."""
+        return self._graph("late", 0, ordinal, partial(self._late, ordinal))
+
+    def _graph(self, what: str, bucket: int, ordinal: int, work: Callable[[], None]) -> Graph:
+        key = (what, bucket, ordinal)
+        if key not in self._graphs:
+            self._graphs[key] = Graph(work, self._decoder.model.device, self._pool)
+        return self._graphs[key]
+
+    def _whole(self, bucket: int) -> None:
+        d, one, last = self._decoder, self._decoder._one, len(self._segments) - 1
+        one.table.copy_(d._table, non_blocking=True)
+        for ordinal in range(last + 1):
+            self._compute_segment(bucket, ordinal)
+            if ordinal < last:
+                d._saved_x[ordinal].copy_(one.x)
+                self._run(ordinal)
+        d._missed.copy_(one.missed, non_blocking=True)
+        d._routing.copy_(one.routing, non_blocking=True)
+        d._logits.copy_(one.logits, non_blocking=True)
+
+    def _segment(self, bucket: int, ordinal: int, guessing: bool) -> None:
+        d, one = self._decoder, self._decoder._one
+        if ordinal < len(self._segments) - 1:
+            one.table[ordinal].copy_(d._table[ordinal], non_blocking=True)
+            self._compute_segment(bucket, ordinal)
+            d._routing[ordinal].copy_(one.routing[ordinal], non_blocking=True)
+            if d._host_experts is not None:
+                d._h.copy_(one.h[ordinal], non_blocking=True)
+            after = ordinal + 1
+            if guessing and after < len(d.model.moe_layers):
+                one.guess(d.model.moe_layers[after], after)
+                d._guessed[after].copy_(one.guessed[after], non_blocking=True)
+        else:
+            self._compute_segment(bucket, ordinal)
+            d._logits.copy_(one.logits, non_blocking=True)
+
+    def _compute_segment(self, bucket: int, ordinal: int) -> None:
+        d, one = self._decoder, self._decoder._one
+        if ordinal == 0:
+            one.token.copy_(d._token, non_blocking=True)
+            one.position.copy_(d._position, non_blocking=True)
+            one.embed(bucket)
+        else:
+            before = ordinal - 1
+            d._decode.combine(one.routing_parts(one.routing[before : before + 1])[1], one.x)
+            one.shared_expert(d.model.moe_layers[before], before)
+        last = ordinal == len(self._segments) - 1
+        for index in self._segments[ordinal]:
+            one.attention(index)
+            if not d.config.moe_layers[index]:
+                one.dense_network(index)
+        if last:
+            one.output()
+        else:
+            one.router(self._segments[ordinal][-1], ordinal)
+
+    def _run(self, ordinal: int) -> None:
+        one = self._decoder._one
+        self._decoder._decode.run(one.h[ordinal], one.slots[ordinal], self._decoder._arena)
+
+    def _late(self, ordinal: int) -> None:
+        d = self._decoder
+        d._late.copy_(d._late_slots, non_blocking=True)
+        d._decode.run(d._one.h[ordinal], d._late, d._arena)

@@ -1,0 +1,45 @@
+"""CUDA graphs: a fixed piece of GPU work, captured once and launched with one call.
+
+Where there is no GPU (Triton's interpreter, in tests) the piece runs anew each time.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+
+class Graph:
+    """`work` as one launch. It must only enqueue, on tensors that stay where they are."""
+
+    def __init__(self, work: Callable[[], None], device: torch.device, pool: "GraphPool") -> None:
+        """Runs `work` once, so that everything is compiled and loaded, then captures it. What it computes
+        that time must do no harm."""
+        self._work = work
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if device.type != "cuda":
+            return
+        stream = pool.stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        # Copies from other threads go on meanwhile (reads into pinned memory call nothing of CUDA).
+        with torch.cuda.graph(self._graph, pool.handle, stream, capture_error_mode="thread_local"):
+            work()
+
+    def launch(self) -> None:
+        """On the current stream."""
+        if self._graph is None:
+            self._work()
+        else:
+            self._graph.replay()
+
+
+class GraphPool:
+    """The stream graphs are captured on, and the memory they share: only one of them runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream()
+            self.handle = torch.cuda.graph_pool_handle()

@@ -1,0 +1,152 @@
+"""Bring a model up on a GPU: which device, what the VRAM budget buys, and the decoder with its tiers.
+
+The only module that `loader.py` asks for when a run is on a GPU; without one, nothing here is imported and
+Triton is not needed.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from cache_policies.policy import Geometry
+from flashmoe.budget import PREFILL_CHUNK
+from flashmoe.config import ModelConfig, RunConfig
+from flashmoe.copy_engine import CopyEngine, CudaCopyEngine, HostCopyEngine
+from flashmoe.errors import BudgetError
+from flashmoe.expert_cache import ExpertCache
+from flashmoe.expert_placement import calibrate
+from flashmoe.gpu_decoder import GpuDecoder
+from flashmoe.gpu_model import GpuModel
+from flashmoe.policies import build_policy
+from flashmoe.prefetch import AUTO_GUESSES, PrefetchSwitch
+from flashmoe.sizes import format_bytes, parse_size
+from flashmoe.vram_budget import VramPlan, plan_vram
+from flashmoe.vram_cache import VramCache
+from flashmoe.weights import DenseWeights
+from kernels.expert_ffn import ExpertFFN
+from kernels.expert_slots import slot_layout
+from kernels.native import ACTIVATIONS, Context, Experts, Format
+from kernels.triton_decode import ExpertDecode
+from kernels.triton_moe import ExpertPrefill
+
+SLOT_ALIGNMENT = 256
+PCIE_PROBE_BYTES = 32 << 20
+ROUNDED_TO = 16  # tokens of an expert, with --token-rounding: the lowest tile
+LOADING = "loading experts into VRAM"
+
+
+def vram_plan(
+    config: ModelConfig, dense_bytes: int, expert_format: Format, experts: int, run: RunConfig
+) -> VramPlan:
+    """What `run.vram_budget` buys; starts CUDA, so that its memory is in the process from here on."""
+    torch.zeros(1, device="cuda")
+    free, total = torch.cuda.mem_get_info()
+    budget = parse_size(run.vram_budget, free_bytes=free)
+    if budget > total:
+        raise BudgetError(
+            f"VRAM budget {format_bytes(budget)} is more than the {format_bytes(total)} of"
+            f" {torch.cuda.get_device_name()}; try --vram-budget auto"
+        )
+    return plan_vram(config, dense_bytes, slot_bytes(config, expert_format), experts, budget, run.context)
+
+
+def slot_bytes(config: ModelConfig, expert_format: Format) -> int:
+    """Of a VRAM slot."""
+    layout = slot_layout(expert_format.name.lower(), config.hidden_size, config.moe_intermediate_size)
+    return -(-layout.bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+
+def limit_vram(plan: VramPlan) -> None:
+    """torch then refuses what the plan does not hold."""
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((plan.budget_bytes - plan.driver_bytes) / total)
+
+
+def build_decoder(
+    config: ModelConfig,
+    weights: DenseWeights,
+    ram: ExpertCache,
+    kernels: Context,
+    expert_format: Format,
+    plan: VramPlan,
+    run: RunConfig,
+    device: torch.device,
+) -> GpuDecoder:
+    """The tiers and the decoder; `weights` are on `device`. On a CPU device (tests) VRAM is ordinary memory
+    and the kernels need Triton's interpreter."""
+    on_gpu = device.type == "cuda"
+    arena = torch.empty(plan.slots, plan.slot_bytes, dtype=torch.uint8, device=device)
+    moe, top_k = config.num_moe_layers, config.num_experts_per_tok
+    table = torch.full((moe, config.num_experts), -1, dtype=torch.int32, pin_memory=on_gpu)
+    name = expert_format.name.lower()
+    layout = slot_layout(name, config.hidden_size, config.moe_intermediate_size)
+    engine: CopyEngine = (CudaCopyEngine if on_gpu else HostCopyEngine)(arena, layout)
+    experts = Experts(
+        config.hidden_size, config.moe_intermediate_size, expert_format, ACTIVATIONS[config.hidden_act],
+        run.exact_activations,
+    )  # fmt: skip
+    placement: Placement | None = None
+    host_experts = None
+    if run.cpu_experts != "never" and not plan.holds_all:
+        placement = calibrate(run.cpu_experts, engine, kernels, experts, config.hidden_size, top_k)
+        host_experts = ExpertFFN(kernels, experts, config.hidden_size, top_k, pinned=on_gpu)
+    capacity = plan.slots - plan.spare_slots
+    if run.scope == "layer":
+        capacity //= moe
+    geometry = Geometry(moe, config.num_experts, top_k, capacity, run.scope == "layer")
+    policy = build_policy(run.policy, geometry, run.seed)
+    cache = VramCache(ram, policy, geometry, engine, table.numpy(), placement, plan.spare_slots)
+    shape = (config.hidden_size, config.moe_intermediate_size, name, config.hidden_act, top_k)
+    model = GpuModel(config, weights, plan.context, device, run.exact_activations)
+    decode = ExpertDecode(*shape, 1, device, run.exact_activations)
+    prefill = ExpertPrefill(
+        *shape, config.num_experts, min(PREFILL_CHUNK, plan.context), device,
+        ROUNDED_TO if run.token_rounding else 0,
+    )
+    prefetcher = None
+    if run.prefetch != "off" and plan.spare_slots:
+        automatic = run.prefetch == "auto"
+        prefetcher = PrefetchSwitch(AUTO_GUESSES if automatic else int(run.prefetch), automatic)
+    return GpuDecoder(model, cache, decode, prefill, arena, table, host_experts, prefetcher)
+
+
+def fill_vram(
+    cache: VramCache, config: ModelConfig, progress: Callable[[str, int, int], None] | None
+) -> None:
+    """Where every expert has a slot: read them all."""
+    layers = [i for i, moe in enumerate(config.moe_layers) if moe]
+    for done, layer in enumerate(layers, 1):
+        for _ in cache.stream(layer, range(config.num_experts)):
+            pass
+        if progress is not None:
+            progress(LOADING, done, len(layers))
+
+
+def pcie_mb_per_s() -> float:
+    """Of large copies from pinned memory, MB/s; the median of five."""
+    source = torch.empty(PCIE_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device="cuda")
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    seconds = []
+    for _ in range(6):  # the first one warms up
+        begin.record()
+        target.copy_(source, non_blocking=True)
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return PCIE_PROBE_BYTES / statistics.median(seconds[1:]) / 1e6
+
+
+@contextmanager
+def allocating(plan: VramPlan) -> Iterator[None]:
+    """Turn a refusal of memory by the GPU into a BudgetError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BudgetError(
+            f"the GPU does not give the {format_bytes(plan.planned_bytes)} that this plan needs within"
+            f" --vram-budget {format_bytes(plan.budget_bytes)}; end other programs on it or try a smaller"
+            " --vram-budget"
+        ) from error

@@ -1,0 +1,281 @@
+"""A model's dense part on a GPU: its weights, and the layers' arithmetic for one token and for a chunk.
+
+One token runs through our own kernels in fp32, as on the CPU, on buffers that never move, so that its steps
+can be captured in CUDA graphs. A chunk's matrix products are torch's, in the weights' 16-bit type. Experts
+are not here. Axis letters: T tokens, D hidden, H query heads, G KV heads, d head size, E experts, K experts
+per token.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flashmoe.config import ModelConfig
+from flashmoe.gpu_attention import KV_DTYPE, GpuKVCache, attend_many, attend_one, visible
+from flashmoe.rotary import Rotary
+from flashmoe.weights import DenseWeights, LayerWeights, Weight
+from kernels.expert_slots import FLOATS
+from kernels.reference import ACTIVATIONS
+from kernels.triton_decode import GpuMatrix, linear, rope_and_store, route
+from kernels.triton_tiles import gather_rows, unpack_matrix
+
+NO_MISS = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class GpuLayer:
+    """`LayerWeights`, the matrices as the GPU kernels take them."""
+
+    weights: LayerWeights
+    qkv: GpuMatrix
+    o: GpuMatrix
+    mlp: tuple[GpuMatrix, GpuMatrix, GpuMatrix] | None
+    shared_gate: GpuMatrix | None
+
+
+class GpuModel:
+    """Weights, rotary tables and KV cache on `device`. Runs nothing by itself."""
+
+    def __init__(
+        self, config: ModelConfig, weights: DenseWeights, context: int, device: torch.device, exact: bool
+    ) -> None:
+        self.config, self.device, self.exact = config, device, exact
+        self.kv_cache = GpuKVCache(config, context, device)
+        rotary = Rotary(config, context)
+        self.cos, self.sin = rotary.cos.to(device), rotary.sin.to(device)
+        self.embedding, self.norm = gpu_matrix(weights.embedding), weights.norm
+        self.lm_head = gpu_matrix(weights.lm_head)
+        self.layers = [_gpu_layer(layer) for layer in weights.layers]
+        self.moe_layers = [i for i, moe in enumerate(config.moe_layers) if moe]
+
+    def segments(self) -> list[range]:
+        """The layers between two layers' experts: of segment s all but the last are without experts; the
+        last segment has none."""
+        ends = [0, *(layer + 1 for layer in self.moe_layers), len(self.layers)]
+        return [range(begin, end) for begin, end in pairwise(ends)]
+
+
+def gpu_matrix(weight: Weight) -> GpuMatrix:
+    """The same bytes."""
+    return GpuMatrix(weight.data, weight.format.name.lower(), weight.rows, weight.columns)
+
+
+def _gpu_layer(layer: LayerWeights) -> GpuLayer:
+    gate = layer.shared_gate
+    return GpuLayer(
+        weights=layer,
+        qkv=gpu_matrix(layer.qkv),
+        o=gpu_matrix(layer.o),
+        mlp=None if layer.mlp is None else (*map(gpu_matrix, layer.mlp),),  # type: ignore[arg-type]
+        shared_gate=None if gate is None else gpu_matrix(Weight.of(gate)),
+    )
+
+
+class OneToken:
+    """One token's way through the layers, step by step. All methods only enqueue work."""
+
+    def __init__(self, model: GpuModel) -> None:
+        c, self.model = model.config, model
+        self._heads_width = c.num_attention_heads * c.head_dim
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=model.device)
+
+        moe, experts, top_k = len(model.moe_layers), c.num_experts, c.num_experts_per_tok
+        self.token, self.position = empty(1, dtype=torch.int64), empty(1, dtype=torch.int32)
+        self.x = empty(1, c.hidden_size)
+        self.h = empty(moe, 1, c.hidden_size)  # what the experts of each layer see
+        # Per layer with experts: probabilities, weights, ids (int32); one row is one copy to the host.
+        self.routing = empty(moe, experts + 2 * top_k)
+        self.slots = empty(moe, 1, top_k, dtype=torch.int32)
+        self.table = torch.full((moe, experts), -1, dtype=torch.int32, device=model.device)
+        self.missed = torch.full((1,), NO_MISS, dtype=torch.int32, device=model.device)
+        self.guessed = empty(moe, 1, top_k, dtype=torch.int32)  # of each layer with experts, before it runs
+        self.logits = empty(1, c.vocab_size)
+        self._unused = (
+            empty(1, c.hidden_size), empty(1, experts), empty(1, top_k), empty(1, top_k, dtype=torch.int32),
+            empty(1, dtype=torch.int32),
+        )  # fmt: skip
+        self._qkv = empty(1, self._heads_width + 2 * c.num_key_value_heads * c.head_dim)
+        self._q = empty(1, c.num_attention_heads, c.head_dim, dtype=KV_DTYPE)
+        self._y = empty(1, self._heads_width)
+        width = max((m.mlp[0].rows for m in model.layers if m.mlp is not None), default=0)
+        self._gate, self._up, self._down = empty(1, width), empty(1, width), empty(1, c.hidden_size)
+        self._factor = empty(1, 1)
+        self._masks: dict[int | None, Tensor] = {}
+
+    def routing_parts(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """rows [..., E + 2 K] -> probabilities [..., E], weights [..., K], ids [..., K] int32."""
+        experts, top_k = self.model.config.num_experts, self.model.config.num_experts_per_tok
+        ids = rows[..., experts + top_k :].view(torch.int32)
+        return rows[..., :experts], rows[..., experts : experts + top_k], ids
+
+    def embed(self, bucket: int) -> None:
+        """x of `token`; what `position` sees of the first `bucket` keys."""
+        self.x.copy_(embed(self.model, self.token))
+        self.missed.fill_(NO_MISS)
+        windows = set(self.model.config.sliding_windows)
+        self._masks = {window: visible(self.position, bucket, window) for window in windows}
+        self._bucket = bucket
+
+    def attention(self, index: int) -> None:
+        """x += the attention of layer `index`."""
+        m, c, layer = self.model, self.model.config, self.model.layers[index]
+        w = layer.weights
+        keys, values = m.kv_cache.tensors(index)
+        linear(
+            self.x, layer.qkv, self._qkv,
+            norm=w.input_norm, eps=c.rms_norm_eps, bias=w.qkv_bias, exact=m.exact,
+        )  # fmt: skip
+        rope_and_store(
+            self._qkv, m.cos, m.sin, self.position, keys, values, self._q,
+            heads=c.num_attention_heads, kv_heads=c.num_key_value_heads, head_dim=c.head_dim,
+            qk_norm=c.family.qk_norm, q_norm=w.q_norm, k_norm=w.k_norm,
+            eps=c.rms_norm_eps, clip=c.clip_qkv or 0.0,
+        )  # fmt: skip
+        seen = self._bucket
+        mask = self._masks[c.sliding_windows[index]]
+        attend_one(self._q[0], keys[:seen], values[:seen], mask, self._y)
+        linear(self._y, layer.o, self.x, bias=w.o_bias, residual=True, exact=m.exact)
+
+    def dense_network(self, index: int) -> None:
+        """x += the network of a layer without experts."""
+        w = self.model.layers[index].weights
+        h = functional.rms_norm(
+            self.x, (self.model.config.hidden_size,), w.post_attention_norm, self.model.config.rms_norm_eps
+        )
+        self._mlp(index, h, None)
+
+    def shared_expert(self, index: int, ordinal: int) -> None:
+        """x += the shared expert's gated output, in a layer that has one."""
+        layer = self.model.layers[index]
+        if layer.shared_gate is not None:
+            linear(self.h[ordinal], layer.shared_gate, self._factor, exact=True)
+            self._mlp(index, self.h[ordinal], torch.sigmoid(self._factor))
+
+    def _mlp(self, index: int, h: Tensor, factor: Tensor | None) -> None:
+        mlp, exact = self.model.layers[index].mlp, self.model.exact
+        assert mlp is not None
+        width = mlp[0].rows
+        gate, up = self._gate[:, :width], self._up[:, :width]
+        linear(h, mlp[0], gate, exact=exact)
+        linear(h, mlp[1], up, exact=exact)
+        hidden = ACTIVATIONS[self.model.config.hidden_act](gate, up)
+        linear(hidden, mlp[2], self._down, exact=exact)
+        self.x.add_(self._down if factor is None else self._down * factor)
+
+    def router(self, index: int, ordinal: int) -> None:
+        """What the experts of layer `index` see, which ones, with which weights, and in which slots."""
+        c, w = self.model.config, self.model.layers[index].weights
+        assert w.router is not None
+        probabilities, weights, ids = self.routing_parts(self.routing[ordinal : ordinal + 1])
+        route(
+            self.x, w.post_attention_norm, c.rms_norm_eps, w.router, c.norm_topk_prob, self.table[ordinal],
+            self.h[ordinal], probabilities, ids, weights, self.slots[ordinal], self.missed, ordinal,
+        )  # fmt: skip
+
+    def guess(self, index: int, ordinal: int) -> None:
+        """What layer `index`, the next one with experts, will ask for: its own router on x as it is now.
+
+        A layer changes the stream little (Mixtral-offloading, arXiv 2312.17238; Fate, 2502.12224)."""
+        c, w = self.model.config, self.model.layers[index].weights
+        assert w.router is not None
+        h, probabilities, weights, slots, missed = self._unused
+        route(
+            self.x, w.post_attention_norm, c.rms_norm_eps, w.router, c.norm_topk_prob, self.table[ordinal],
+            h, probabilities, self.guessed[ordinal], weights, slots, missed, ordinal,
+        )  # fmt: skip
+
+    def output(self) -> None:
+        """logits of x."""
+        m = self.model
+        linear(self.x, m.lm_head, self.logits, norm=m.norm, eps=m.config.rms_norm_eps, exact=m.exact)
+
+
+# A chunk of tokens
+
+
+def embed(model: GpuModel, tokens: Tensor) -> Tensor:
+    """tokens [T] int64 -> [T, D] fp32."""
+    e = model.embedding
+    if e.format in FLOATS:
+        return functional.embedding(tokens, _rows(e)).float()
+    return gather_rows(e, tokens)
+
+
+def rms_norm(model: GpuModel, x: Tensor, weight: Tensor) -> Tensor:
+    """[T, D] fp32"""
+    return functional.rms_norm(x, (x.shape[1],), weight, model.config.rms_norm_eps)
+
+
+def product(x: Tensor, weight: GpuMatrix, bias: Tensor | None = None) -> Tensor:
+    """x [T, columns] fp32 -> [T, rows] fp32, multiplied in 16 bits (fp32 if the weights are)."""
+    rows = _rows(weight) if weight.format in FLOATS else unpack_matrix(weight, torch.bfloat16)
+    y = functional.linear(x.to(rows.dtype), rows).float()
+    return y if bias is None else y.add_(bias)
+
+
+def chunk_attention(model: GpuModel, index: int, x: Tensor) -> None:
+    """x [T, D] += attention of layer `index`; keys and values go behind those in the KV cache."""
+    c, layer, begin = model.config, model.layers[index], model.kv_cache.length
+    w, tokens, d = layer.weights, len(x), model.config.head_dim
+    qkv = product(rms_norm(model, x, w.input_norm), layer.qkv, w.qkv_bias)
+    q, k, v = qkv.split([c.num_attention_heads * d, *[c.num_key_value_heads * d] * 2], dim=1)
+    if c.family.qk_norm == "full":
+        q, k = _norm_heads(q, w.q_norm, c), _norm_heads(k, w.k_norm, c)
+    if c.clip_qkv:
+        q, k, v = (t.clamp(-c.clip_qkv, c.clip_qkv) for t in (q, k, v))
+    q, k, v = (t.view(tokens, -1, d) for t in (q, k, v))
+    if c.family.qk_norm == "head":
+        q, k = _norm_heads(q, w.q_norm, c), _norm_heads(k, w.k_norm, c)
+    cos, sin = (t[begin : begin + tokens, None] for t in (model.cos, model.sin))
+    keys, values = model.kv_cache.tensors(index)
+    keys[begin : begin + tokens] = _rotate(k, cos, sin)
+    values[begin : begin + tokens] = v
+    seen = begin + tokens
+    y = attend_many(_rotate(q, cos, sin).to(KV_DTYPE), keys[:seen], values[:seen], c.sliding_windows[index])
+    x.add_(product(y.float(), layer.o, w.o_bias))
+
+
+def chunk_router(model: GpuModel, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [T, D] -> h [T, D], probabilities [T, E], weights [T, K], ids [T, K] int32."""
+    c, w = model.config, model.layers[index].weights
+    assert w.router is not None
+    h = rms_norm(model, x, w.post_attention_norm)
+    probabilities = functional.linear(h, w.router).softmax(-1)
+    weights, ids = probabilities.topk(c.num_experts_per_tok, dim=-1)
+    if c.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return h, probabilities, weights, ids.int()
+
+
+def chunk_network(model: GpuModel, index: int, h: Tensor, x: Tensor) -> None:
+    """x [T, D] += the dense network, or the gated shared expert, of h [T, D]; nothing where there is none."""
+    layer = model.layers[index]
+    if layer.mlp is None:
+        return
+    gate, up, down = layer.mlp
+    y = product(ACTIVATIONS[model.config.hidden_act](product(h, gate), product(h, up)), down)
+    x.add_(y if layer.shared_gate is None else y * torch.sigmoid(product(h, layer.shared_gate)))
+
+
+def chunk_logits(model: GpuModel, x: Tensor) -> Tensor:
+    """x [T, D] -> [T, V] fp32."""
+    return product(rms_norm(model, x, model.norm), model.lm_head)
+
+
+def _rows(matrix: GpuMatrix) -> Tensor:
+    return matrix.data.view(FLOATS[matrix.format]).view(matrix.rows, matrix.columns)
+
+
+def _norm_heads(x: Tensor, weight: Tensor | None, config: ModelConfig) -> Tensor:
+    return functional.rms_norm(x, (x.shape[-1],), weight, config.rms_norm_eps)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, heads, d]; halves are paired as in Hugging Face checkpoints."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin

@@ -1,0 +1,72 @@
+"""Packed tiles (docs/kernels.md) as plain rows on a GPU: whole matrices for torch's products, rows for
+embeddings.
+
+Axis letters: N rows, K columns, T tokens.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.expert_slots import BITS, GROUP, SCALE_BYTES, SUPER, TILE_ROWS, superblock_bytes
+from kernels.triton_decode import GpuMatrix
+
+SUPERBLOCKS = 4  # of a program
+
+
+@triton.jit
+def _unpack(
+    tiles, out, rows, columns, supers,
+    BITS: tl.constexpr, SUPER_BYTES: tl.constexpr, SUPERBLOCKS: tl.constexpr,
+):  # fmt: skip
+    """One program: 16 rows of SUPERBLOCKS superblocks."""
+    LINES: tl.constexpr = 2 * BITS  # of 16 dwords in a superblock
+    VALUES: tl.constexpr = 32 // BITS  # in a dword
+    tile = tl.program_id(0).to(tl.int64)
+    r = tl.arange(0, 16)
+    value = tl.arange(0, VALUES)
+    # A dword of int4 holds columns 0 to 3 in its low nibbles and 4 to 7 in its high ones.
+    shift = (value % 4) * 8 + (value // 4) * 4
+    for i in range(SUPERBLOCKS):
+        block = tl.program_id(1) * SUPERBLOCKS + i
+        if block < supers:
+            base = tiles + (tile * supers + block) * SUPER_BYTES
+            line = tl.arange(0, LINES)
+            dwords = tl.load((base + 64).to(tl.pointer_type(tl.int32)) + line[None, :] * 16 + r[:, None])
+            codes = (dwords[:, :, None] >> shift[None, None, :]) & ((1 << BITS) - 1)
+            group = tl.arange(0, 2)
+            scales = tl.load(base.to(tl.pointer_type(tl.float16)) + group[None, :] * 16 + r[:, None])
+            weights = tl.reshape(codes, (16, 2, 32)).to(tl.float32) - (1 << (BITS - 1))
+            weights = tl.reshape(weights * scales.to(tl.float32)[:, :, None], (16, 64))
+            row, column = tile * 16 + r, block * 64 + tl.arange(0, 64)
+            live = (row < rows)[:, None] & (column < columns)[None, :]
+            at = out + row[:, None] * columns + column[None, :]
+            tl.store(at, weights.to(out.dtype.element_ty), mask=live)
+
+
+def unpack_matrix(matrix: GpuMatrix, dtype: torch.dtype) -> Tensor:
+    """int8 or int4 tiles -> [N, K] in dtype, rounded to nearest."""
+    supers = -(-matrix.columns // SUPER)
+    out = torch.empty(matrix.rows, matrix.columns, dtype=dtype, device=matrix.data.device)
+    grid = (-(-matrix.rows // TILE_ROWS), -(-supers // SUPERBLOCKS))
+    _unpack[grid](
+        matrix.data, out, matrix.rows, matrix.columns, supers,
+        BITS=BITS[matrix.format], SUPER_BYTES=superblock_bytes(matrix.format), SUPERBLOCKS=SUPERBLOCKS,
+        num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+def gather_rows(matrix: GpuMatrix, ids: Tensor) -> Tensor:
+    """Rows of int8 tiles: ids [T] int64, in range -> [T, K] fp32."""
+    assert matrix.format == "int8"
+    tiles = matrix.data.view(-1, -(-matrix.columns // SUPER), superblock_bytes("int8"))[ids // TILE_ROWS]
+    tokens, supers, _ = tiles.shape
+    row = (ids % TILE_ROWS).view(-1, 1, 1, 1)
+    scales = tiles[:, :, :SCALE_BYTES].contiguous().view(torch.float16).view(tokens, supers, -1, TILE_ROWS)
+    codes = tiles[:, :, SCALE_BYTES:].reshape(tokens, supers, -1, TILE_ROWS, 4)
+    scale = scales.take_along_dim(row, 3).float()  # [T, supers, 2, 1]
+    code = codes.take_along_dim(row.unsqueeze(-1), 3)  # [T, supers, 16 lines, 1, 4]
+    weights = (code.reshape(tokens, supers, -1, GROUP).float() - 128) * scale
+    return weights.view(tokens, -1)[:, : matrix.columns]

@@ -1,0 +1,229 @@
+"""The decoder of a GPU against the CPU's, on tiny models: in Triton's interpreter, or on a GPU if there is
+one.
+
+VRAM is ordinary memory in the interpreter; graphs are captured on a GPU only. What is the same in both: the
+tiers, the steps of a token, the kernels' arithmetic.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make_tiny_checkpoint
+from torch import Tensor
+
+from flashmoe.config import RunConfig
+from flashmoe.engine import Engine
+from flashmoe.gpu_loader import build_decoder, fill_vram, slot_bytes
+from flashmoe.loader import OpenedModel, load_engine, open_cache, open_model, plan_model
+from flashmoe.pack import PackOptions, pack
+from flashmoe.vram_budget import VramPlan
+from flashmoe.weights import load_dense
+from kernels import triton_decode
+from kernels.expert_slots import BITS
+from kernels.native import make_context
+
+# Triton's interpreter computes rows beyond a tile's last with whatever is there, and numpy says so.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CONTEXT = 64
+RUN = RunConfig("8G", context=CONTEXT, policy="lru", prefetch="off", cpu_experts="never")
+TOKENS = [7, 31, 200, 5, 99, 17, 31, 200, 5]
+PROMPT = 5  # of the tokens
+FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe")
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes milliseconds a program: wide ones, where nobody measures speed."""
+    if DEVICE.type == "cpu":
+        guessed = triton_decode.launch_shape
+
+        def wide(kernel: str, format: str, columns: int) -> triton_decode.Shape:
+            shape = guessed(kernel, format, columns)
+            return shape if format in BITS else shape._replace(rows=128)
+
+        monkeypatch.setattr(triton_decode, "launch_shape", wide)
+
+
+class Opened:
+    """A model, its engine on the GPU, and what it lives in."""
+
+    def __init__(self, folder: Path, slots: int, ram_slots: int = 0, run: RunConfig = RUN) -> None:
+        """`slots` of VRAM, 0: one for every expert; likewise `ram_slots`."""
+        self.model = model = open_model(folder)
+        experts = len(model.read_plans)
+        slots = slots or experts
+        plan = plan_model(model, run)
+        plan = replace(plan, slots=ram_slots or experts)
+        vram = VramPlan(
+            budget_bytes=1 << 30, driver_bytes=0, dense_bytes=0, kv_cache_bytes=0, workspace_bytes=0,
+            slot_bytes=slot_bytes(model.config, model.expert_format), slots=slots,
+            spare_slots=0 if slots == experts else 2, experts=experts, context=CONTEXT,
+        )  # fmt: skip
+        weights = load_dense(model.layout, device=DEVICE)
+        ram = open_cache(model, plan, run, "buffered")
+        self.decoder = build_decoder(
+            model.config, weights, ram, make_context(1), model.expert_format, vram, run, DEVICE
+        )
+        self.cache = self.decoder.experts
+        if vram.holds_all:
+            fill_vram(self.cache, model.config, None)
+        self.engine = Engine(self.decoder)
+
+    def __enter__(self) -> "Opened":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.cache.close()
+
+
+def logits_of(engine: Engine, tokens: Sequence[int] = TOKENS, prompt: int = PROMPT) -> Tensor:
+    """Of the prompt's last token and of each one after it."""
+    rows = [engine.prefill(tokens[:prompt]).clone()]
+    rows += [engine.decode_one_token(token).clone() for token in tokens[prompt:]]
+    return torch.stack(rows)
+
+
+def on_cpu(model: OpenedModel, run: RunConfig = RUN) -> Tensor:
+    loaded = load_engine(model, plan_model(model, run), run)
+    try:
+        return logits_of(loaded.engine)
+    finally:
+        loaded.cache.close()
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """The largest relative error of a row."""
+    return ((found - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model in int4 and in int8, dense weights too."""
+    folder = tmp_path_factory.mktemp("packed")
+    source = make_tiny_checkpoint(folder / "source", "qwen3_moe", num_experts_per_tok=4)
+    for name in ("int4", "int8"):
+        pack(source, folder / name, PackOptions(name, name, 1))
+    return {name: folder / name for name in ("int4", "int8")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_the_cpus_within_16_bit_rounding(family: str, tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / family, family)
+    with Opened(folder, 0) as opened:
+        assert opened.cache.is_complete
+        assert error(logits_of(opened.engine), on_cpu(opened.model)) < 2e-2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"mlp_only_layers": [1]},
+        {"use_sliding_window": True, "sliding_window": 5},
+        {"num_attention_heads": 4, "num_key_value_heads": 1, "tie_word_embeddings": True},
+        {"attention_bias": True},
+    ],
+)
+def test_what_families_differ_in_is_the_same_on_both(overrides: dict[str, object], tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "model", "qwen3_moe", **overrides)
+    with Opened(folder, 0) as opened:
+        assert error(logits_of(opened.engine), on_cpu(opened.model)) < 2e-2
+
+
+@pytest.mark.parametrize("format", ["int4", "int8"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_packed_weights_meet_the_same_activations_as_on_the_cpu(
+    format: str, exact: bool, packed: dict[str, Path]
+) -> None:
+    run = replace(RUN, exact_activations=exact)
+    with Opened(packed[format], 0, run=run) as opened:
+        found, expected = logits_of(opened.engine), on_cpu(opened.model, run)
+    assert error(found, expected) < 3e-2
+
+
+@pytest.mark.parametrize("ram_slots", [0, 6])
+@pytest.mark.parametrize("slots", [6, 10, 20])
+def test_no_bit_depends_on_how_many_experts_fit(slots: int, ram_slots: int, tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "model", "mixtral")
+    with Opened(folder, 0) as opened:
+        expected = logits_of(opened.engine)
+    with Opened(folder, slots, ram_slots) as opened:
+        assert torch.equal(logits_of(opened.engine), expected)
+        assert opened.cache.counters.misses > 0
+
+
+def test_tokens_launched_whole_go_on_from_the_layer_that_lacked_an_expert(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "model", "mixtral")
+    with Opened(folder, 0) as opened:
+        expected = logits_of(opened.engine)
+    with Opened(folder, 12) as opened:
+        opened.decoder._misses = 0.0  # as if misses had been rare
+        assert torch.equal(logits_of(opened.engine), expected)
+        assert opened.cache.counters.misses > 0
+
+
+@pytest.mark.parametrize("choice", ["auto", "always"])
+def test_experts_computed_on_the_cpu_change_no_more_than_rounding(choice: str, tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "model", "mixtral")
+    with Opened(folder, 0) as opened:
+        expected = logits_of(opened.engine)
+    with Opened(folder, 10, run=replace(RUN, cpu_experts=choice)) as opened:
+        assert error(logits_of(opened.engine), expected) < 1e-2
+        if choice == "always":
+            assert opened.cache.counters.cpu_experts > 0
+
+
+def test_a_token_again_after_an_error_gives_the_same_logits(tmp_path: Path) -> None:
+    """The KV cache counts a token when all of its layers have run."""
+    folder = make_tiny_checkpoint(tmp_path / "model", "mixtral")
+    with Opened(folder, 8) as opened:
+        expected = logits_of(opened.engine)
+        opened.engine.reset()
+        opened.engine.prefill(TOKENS[:PROMPT])
+        for i, token in enumerate(TOKENS[PROMPT:], 1):
+            fetch = opened.cache.fetch
+
+            def fail(*arguments: object) -> None:
+                raise KeyboardInterrupt
+
+            opened.cache.fetch = fail  # type: ignore[method-assign]
+            try:
+                opened.engine.decode_one_token(token)
+            except KeyboardInterrupt:
+                opened.cache.fetch = fetch  # type: ignore[method-assign]
+                assert torch.equal(opened.engine.decode_one_token(token), expected[i])
+            finally:
+                opened.cache.fetch = fetch  # type: ignore[method-assign]
+
+
+def test_what_the_observer_sees_is_what_the_cpu_routes(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "model", "mixtral")
+
+    class Watch:
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, list[list[int]]]] = []
+
+        def forward_begins(self, token_ids: Sequence[int]) -> None: ...
+
+        def forward_ends(self) -> None: ...
+
+        def routed(self, layer: int, ids: Tensor, weights: Tensor, probabilities: Tensor) -> None:
+            assert torch.allclose(probabilities.sum(-1), torch.ones(len(ids)), atol=1e-5)
+            self.seen.append((layer, [sorted(row) for row in ids.tolist()]))
+
+    model = open_model(folder)
+    loaded = load_engine(model, plan_model(model, RUN), RUN)
+    loaded.engine.decoder.observer = cpu = Watch()
+    logits_of(loaded.engine)
+    loaded.cache.close()
+    for slots in (0, 9):
+        with Opened(folder, slots) as opened:
+            opened.decoder.observer = gpu = Watch()
+            logits_of(opened.engine)
+        assert [layer for layer, _ in gpu.seen] == [layer for layer, _ in cpu.seen]
+        equal = sum(a == b for a, b in zip(cpu.seen, gpu.seen, strict=True))
+        assert equal >= 0.9 * len(cpu.seen)  # rounding turns a close choice now and then

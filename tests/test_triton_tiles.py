@@ -1,0 +1,37 @@
+"""Packed tiles on a GPU (or in Triton's interpreter) give the weights that the CPU library reads from
+them."""
+
+import pytest
+import torch
+
+from kernels.native import Format, make_context, matrix_bytes, pack_matrix
+from kernels.native import unpack_matrix as unpack_on_cpu
+from kernels.triton_decode import GpuMatrix
+from kernels.triton_tiles import gather_rows, unpack_matrix
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def packed(format: Format, rows: int, columns: int) -> tuple[GpuMatrix, torch.Tensor]:
+    """A random matrix, and what its bytes say."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+    out = torch.empty(matrix_bytes(format, rows, columns), dtype=torch.uint8)
+    pack_matrix(make_context(1), weight, format, out)
+    matrix = GpuMatrix(out.to(DEVICE), format.name.lower(), rows, columns)
+    return matrix, unpack_on_cpu(out, format, rows, columns)
+
+
+@pytest.mark.parametrize("format", [Format.INT8, Format.INT4])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 64), (50, 200), (33, 576)])
+def test_a_matrix_unpacks_as_on_the_cpu(format: Format, rows: int, columns: int) -> None:
+    matrix, expected = packed(format, rows, columns)
+    assert torch.equal(unpack_matrix(matrix, torch.float32).cpu(), expected)
+    rounded = unpack_matrix(matrix, torch.bfloat16).float().cpu()
+    assert torch.allclose(rounded, expected, rtol=2**-7, atol=0)  # Triton's interpreter cuts, a GPU rounds
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(50, 200), (33, 576)])
+def test_rows_of_an_embedding_are_those_of_the_whole_matrix(rows: int, columns: int) -> None:
+    matrix, expected = packed(Format.INT8, rows, columns)
+    ids = torch.tensor([0, rows - 1, 17, 17, 3])
+    assert torch.equal(gather_rows(matrix, ids.to(DEVICE)).cpu(), expected[ids])
