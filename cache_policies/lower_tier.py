@@ -29,12 +29,14 @@ class LowerTier(Residency):
     def __init__(self, policy: CachePolicy, geometry: Geometry, spare: int, above: int) -> None:
         """`above`: the upper tier's capacity, counted as `geometry.capacity` is."""
         everything = geometry.experts * (1 if geometry.per_layer else geometry.layers)
-        all_fit = geometry.capacity + above >= everything
+        self.all_fit = geometry.capacity + above >= everything  # nobody leaves for good, once all are there
         # Where the drive is read all the time, slots are kept for what is on its way up; else a read would
         # have to evict before it is known whether somebody better comes down.
-        flow = min(geometry.top_k, geometry.capacity // 16, geometry.capacity - geometry.top_k)
-        super().__init__(policy, replace(geometry, capacity=geometry.capacity - flow * (not all_fit)), spare)
-        if all_fit:
+        flow = 0
+        if not self.all_fit:
+            flow = min(geometry.top_k, geometry.capacity // 16, geometry.capacity - geometry.top_k)
+        super().__init__(policy, replace(geometry, capacity=geometry.capacity - flow), spare)
+        if self.all_fit:
             self._share = geometry.experts
         self._room = geometry.capacity
         self._rising: Collection[ExpertId] = ()

@@ -57,9 +57,6 @@ class Residency:
     def __contains__(self, expert: ExpertId) -> bool:
         return expert in self._of_layer[expert[0]]
 
-    def layer_residents(self, layer: int) -> frozenset[ExpertId]:
-        return frozenset(self._of_layer[layer])
-
     @property
     def residents(self) -> frozenset[ExpertId]:
         return frozenset().union(*self._of_layer)

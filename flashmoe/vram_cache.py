@@ -4,8 +4,7 @@ The rules are those of any cache (`cache_policies/residency.py`): the policy obs
 whole, then victims leave, then what is missing comes, here by copies from RAM slots, where the drive's reads
 land first. What leaves VRAM falls to RAM if the RAM policy wants it (`cache_policies/lower_tier.py`); mostly
 its copy is still there. Hits, misses and victims depend on what is asked for, never on when a copy or a read
-ends. Copies are ordered by tickets; the host waits for one only before it lets a read write to a slot that a
-copy may still use. Knows nothing about tokens, kernels or graphs.
+ends: that is `tier_copies.py`'s. Knows nothing about tokens, kernels or graphs.
 
 The caller promises that when an event begins, what the GPU was given for earlier ones has been done.
 """
@@ -23,13 +22,13 @@ from cache_policies.residency import ChunkPlan, Residency
 from flashmoe.copy_engine import CopyEngine, Ticket
 from flashmoe.expert_cache import CacheCounters, ExpertCache
 from flashmoe.expert_placement import Placement
+from flashmoe.tier_copies import TierCopies
 from flashmoe.weights import ExpertId
 from kernels.expert_ffn import Addresses
 
 ABSENT = -1  # in the table
 GROUP = 16  # experts of a prompt that are computed together, at most
 IDLE_COPIES = 8  # idle time of PCIe that is remembered, in copies of one expert
-REMEMBERED_COPIES = 256  # before those that have ended are forgotten
 
 
 @dataclass(slots=True)
@@ -73,20 +72,14 @@ class VramCache:
         self._ordinals = {layer: ordinal for ordinal, layer in enumerate(ram.layers)}
         self._pinned = ram.arena
         engine.pin(*self._pinned)
-        ram.serve_above(geometry.capacity, self._await_copy)
-        # With room for all, nobody ever leaves: a policy need not watch.
-        self._ram_evicts = ram.slots + self.slots < self._experts
-        self._evicts = self.slots < self._experts
+        self._copies = TierCopies(engine, ram, self.slots)
+        ram.serve_above(geometry.capacity, self._copies.wait_for)
+        self._evicts = self._up.slots < self._experts
         self._slots: dict[ExpertId, int] = {}  # of residents, also those whose copy is on its way
         self._ready: dict[int, set[int]] = {layer: set() for layer in ram.layers}  # those in the table
         self._ready_of = list(self._ready.values())  # by ordinal
-        self._free = deque(range(self.slots))  # first in, first out
         self._unlisted: dict[ExpertId, Ticket] = {}  # residents not in the table yet, and their copies
         self._staged: dict[ExpertId, tuple[int, Ticket]] = {}  # guesses: slot, copy
-        self._falling: deque[tuple[ExpertId, int]] = deque()  # (victim that goes down, its slot)
-        self._copying: dict[ExpertId, Ticket] = {}  # the last copy from or to an expert's RAM slot
-        self._emptying: dict[int, Ticket] = {}  # slots that are being copied out
-        self._last_in: Ticket = 0
         self._idle_s = 0.0  # of PCIe by the cost model: for what the CPU computed and VRAM should have
         self._wanted: tuple[list[ExpertId], int] | None = None  # guesses that wait for the event's end
         self._chunk: ChunkPlan | None = None
@@ -99,6 +92,7 @@ class VramCache:
         """What happened so far; add to `hits` for events that were not shown."""
         mine, ram = self._counters, self.ram.counters
         mine.bytes_read, mine.stall_s, mine.read_s = ram.bytes_read, ram.stall_s, ram.read_s
+        mine.bytes_in, mine.bytes_out = self._copies.bytes_in, self._copies.bytes_out
         return mine
 
     @property
@@ -129,9 +123,9 @@ class VramCache:
         self._end_event()
         ordinal = self._ordinals[layer]
         self._counters.hits += len(ids)
-        self._observe_below(ordinal, ids, weights, scores, token)
         self._open = True
-        if self._evicts:
+        self._observe_below(ordinal, ids, weights, scores, token)
+        if self._evicts:  # if not, nobody needs to watch
             self._up.look_up(ordinal, ids, weights, scores, token)
             self._up.settle()
         self._give_up_guesses(ordinal)
@@ -166,8 +160,8 @@ class VramCache:
         for key in event.rising:
             if key in self._staged:
                 self._take_guess(key)
-            elif self.ram.holds(key) and self._free:
-                self._slots[key], self._unlisted[key] = self._copy_in(key)
+            elif self.ram.holds(key) and self._copies.free:
+                self._slots[key], self._unlisted[key] = self._copies.up(key)
             else:
                 continue
             waiting.append(key)
@@ -228,7 +222,7 @@ class VramCache:
         self._leave(plan.victims, down)
         with self._recovering():
             yield from self._groups(plan, down, here, deque(reads))
-            self._let_fall()
+            self._copies.let_fall()
             self._up.chunk_served(plan)
             self._chunk = None
             self.ram.end_event()
@@ -250,7 +244,7 @@ class VramCache:
                         self._leave([key], down)
                         to_fall = 0
                     elif key not in self._slots:
-                        self._free.append(slot)
+                        self._copies.free.append(slot)
                 self._engine.copies_wait_for_compute()
             elif not coming:
                 assert not here and not reads, "no slot is free for what must come"
@@ -264,15 +258,16 @@ class VramCache:
         """Copy what is in RAM, as far as it is and slots are free; `wait` for at least one. Half of the slots
         are for the group after this. RAM slots for what falls, and `to_fall` later, are not read into."""
         group: list[tuple[ExpertId, int]] = []
-        most = min(GROUP, (len(self._free) + len(self._falling) + 1) // 2)
+        copies = self._copies
+        most = min(GROUP, (len(copies.free) + len(copies.falling) + 1) // 2)
         while len(group) < most:
-            self.ram.read_ahead(reads, len(self._falling) + to_fall)
+            self.ram.read_ahead(reads, len(copies.falling) + to_fall)
             if not here:
                 here.extend(self.ram.arrivals(wait and not group))
             if not here:
                 break
             key = here.popleft()
-            slot, self._unlisted[key] = self._copy_in(key)
+            slot, self._unlisted[key] = copies.up(key)
             if key in staying:
                 self._slots[key] = slot
             self.ram.copied(key)
@@ -283,7 +278,7 @@ class VramCache:
 
     def evict_all(self) -> None:
         """Empty every slot of both tiers, for a cold start; the policies keep what they learnt."""
-        self._end_event()
+        self._begin_event()
         self._drop_guesses(self._staged)
         self._leave(self._up.evict_all(), ())
         self.ram.evict_all()
@@ -308,22 +303,18 @@ class VramCache:
         if not self._open:
             return False
         self.ram.end_event()
-        self._engine.wait(self._engine.mark())
-        self._engine.wait(self._engine.mark_out())
-        for moving in (self._copying, self._emptying, self._unlisted, self._staged, self._falling):
-            moving.clear()
         if self._chunk is not None:
             lost = [key for key in self._chunk.staying if key not in self._slots]
             self._up.chunk_served(self._chunk, lost)
             self._chunk = None
         self._up.recover(self._slots)
         self._slots = {key: slot for key, slot in self._slots.items() if key in self._up}
-        taken = set(self._slots.values())
-        self._free = deque(slot for slot in range(self.slots) if slot not in taken)
+        self._staged.clear()
+        self._copies.recover(set(self._slots.values()))
         self._table.fill(ABSENT)
         for ready in self._ready.values():
             ready.clear()
-        self._unlisted.update(dict.fromkeys(self._slots, 0))
+        self._unlisted = dict.fromkeys(self._slots, 0)
         self._list(self._slots)
         self.ram.reconcile(self._slots)
         self._wanted = None
@@ -345,11 +336,9 @@ class VramCache:
         if not event.is_decided:
             self._decide(event)
         self.ram.end_event()
-        self._let_fall()
+        self._copies.let_fall()
         self._promote(event.on_cpu)
         self._up.settle()
-        if len(self._copying) > REMEMBERED_COPIES:
-            self._copying = {k: t for k, t in self._copying.items() if not self._engine.is_done(t)}
         if self._wanted is not None:
             wanted, self._wanted = self._wanted, None
             self._send_guesses(*wanted)
@@ -378,7 +367,7 @@ class VramCache:
 
     def _bring(self, key: ExpertId) -> None:
         """A miss that RAM holds."""
-        self._slots[key], self._unlisted[key] = self._copy_in(key)
+        self._slots[key], self._unlisted[key] = self._copies.up(key)
         self._admit(key)
 
     def _admit(self, key: ExpertId) -> None:
@@ -394,7 +383,7 @@ class VramCache:
         scores: Sequence[float] | None,
         token: int,
     ) -> None:
-        if self._ram_evicts:
+        if not self.ram.lower.all_fit:
             self.ram.policy.step(ordinal, ids, weights, scores, token)
 
     def _share_of_cpu(self, misses: int) -> int:
@@ -418,10 +407,10 @@ class VramCache:
                 continue
             self._idle_s -= self.placement.copy_s
             self._leave(leaving, self.ram.begin_below([key], [key], leaving, ()))
-            self._slots[key], self._unlisted[key] = self._copy_in(key)
+            self._slots[key], self._unlisted[key] = self._copies.up(key)
             self.ram.copied(key)
             self.ram.end_event()
-            self._let_fall()
+            self._copies.let_fall()
 
     def _leave(self, leaving: Iterable[ExpertId], down: Collection[ExpertId]) -> None:
         """Give slots up: at once, or of those that go `down`, when they have been copied out."""
@@ -432,21 +421,21 @@ class VramCache:
             self._table[layer, expert] = ABSENT
             self._ready_of[layer].discard(expert)
             if key in down:
-                self._falling.append((key, slot))
+                self._copies.falling.append((key, slot))
             else:
-                self._free.append(slot)
+                self._copies.free.append(slot)
 
     def _list(self, keys: Iterable[ExpertId]) -> None:
-        """Enter residents in the table, once the compute stream waits for their copies."""
-        for key in keys:
-            ticket = self._unlisted.pop(key, None)
-            if ticket is None:
-                continue
-            self._engine.compute_waits(ticket)
-            slot = self._slots.get(key)
-            if slot is not None:
+        """Let the compute stream wait for copies, and enter in the table those that are residents."""
+        new = [key for key in keys if key in self._unlisted]
+        if not new:
+            return
+        self._engine.compute_waits(max(self._unlisted[key] for key in new))
+        for key in new:
+            if (slot := self._slots.get(key)) is not None:
                 self._table[key] = slot
                 self._ready_of[key[0]].add(key[1])
+            del self._unlisted[key]
 
     # Guesses
 
@@ -461,7 +450,7 @@ class VramCache:
             if not self.ram.holds(key):
                 below.append((self.ram.layers[key[0]], key[1]))
             elif room > 0:
-                self._staged[key] = self._copy_in(key)
+                self._staged[key] = self._copies.up(key)
                 self._counters.prefetch_issued += 1
                 room, at_most = room - 1, at_most - 1
         if below and at_most > 0:
@@ -484,55 +473,9 @@ class VramCache:
     def _drop_guesses(self, keys: Iterable[ExpertId]) -> None:
         for key in list(keys):
             slot, _ = self._staged.pop(key)
-            self._free.append(slot)
+            self._copies.free.append(slot)
             self._counters.prefetch_wasted += 1
             self._counters.prefetch_bytes_wasted += self._engine.expert_bytes
-
-    # Copies
-
-    def _copy_in(self, key: ExpertId) -> tuple[int, Ticket]:
-        """RAM -> a free slot."""
-        slot = self._free_slot()
-        if (ticket := self._copying.get(key, 0)) < 0:  # it is only just coming down
-            self._engine.copies_in_wait(ticket)
-        self._engine.copy_in(slot, self.ram.addresses(key))
-        self._last_in = self._copying[key] = self._engine.mark()
-        self._counters.bytes_in += self._engine.expert_bytes
-        return slot, self._last_in
-
-    def _free_slot(self) -> int:
-        if not self._free:
-            self._fall_one()
-        slot = self._free.popleft()
-        if (ticket := self._emptying.pop(slot, 0)) and not self._engine.is_done(ticket):
-            self._engine.copies_in_wait(ticket)
-        return slot
-
-    def _let_fall(self) -> None:
-        while self._falling:
-            self._fall_one()
-
-    def _fall_one(self) -> None:
-        key, slot = self._falling.popleft()
-        self._copy_out(key, slot)
-        self._free.append(slot)
-
-    def _copy_out(self, key: ExpertId, slot: int) -> None:
-        """A slot -> RAM, behind whatever still reads the RAM slot or writes this one."""
-        self._engine.copies_out_wait(self._last_in)
-        self.ram.fall(key, lambda addresses: self._engine.copy_out(slot, addresses))
-        self._copying[key] = self._emptying[slot] = self._engine.mark_out()
-        self._counters.bytes_out += self._engine.expert_bytes
-
-    def _await_copy(self, key: ExpertId) -> None:
-        """An expert's RAM slot is about to be used otherwise."""
-        if ticket := self._copying.pop(key, 0):
-            self._engine.wait(ticket)
-
-    def _address_for_cpu(self, key: ExpertId) -> Addresses:
-        if (ticket := self._copying.get(key, 0)) < 0:
-            self._engine.wait(ticket)
-        return self.ram.addresses(key)
 
 
 class MissEvent:
@@ -549,7 +492,7 @@ class MissEvent:
         self._cache = cache
         self._places = {(ordinal, expert): place for place, expert in enumerate(ids)}
         self.cpu: list[tuple[int, Addresses]] = [
-            (self._places[key], cache._address_for_cpu(key)) for key in on_cpu
+            (self._places[key], cache._copies.addresses_for_cpu(key)) for key in on_cpu
         ]
 
     def late(self) -> list[tuple[int, int]]:

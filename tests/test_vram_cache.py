@@ -192,9 +192,9 @@ class Tiers:
         listed = {key: slot for key, slot in vram._slots.items() if key not in vram._unlisted}
         assert {tuple(key): self.table[tuple(key)] for key in np.argwhere(self.table >= 0)} == listed
         assert all(vram._ready[layer] == {e for la, e in listed if la == layer} for layer in range(LAYERS))
-        used = [*vram._slots.values(), *(slot for slot, _ in vram._staged.values()), *vram._free]
+        used = [*vram._slots.values(), *(slot for slot, _ in vram._staged.values()), *vram._copies.free]
         assert sorted(used) == list(range(vram.slots))
-        assert not ram._in_flight and not vram._falling
+        assert not ram._in_flight and not vram._copies.falling
         own = ram.lower.residents
         assert not own & vram.resident and len(own) <= ram.slots - ram.lower.spare
         assert own | ram._copies.keys() == ram._residents.keys() and ram._copies.keys() <= vram.resident
