@@ -8,14 +8,16 @@ No atomics on data: a result does not depend on the order in which programs run.
 On compute capability 9.0 and later kernels are launched programmatically dependent: one starts while the one
 before it ends, and reads its weights before it waits for it.
 
-Not covered: biases of experts, more than 16,384 columns (a program holds a row's activations in registers).
+Not covered: biases of experts.
 Axis letters: T tokens, D hidden, F expert width, E experts, K experts a token, H query heads, G KV heads, d
 head size.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-return"
 
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -26,25 +28,21 @@ from torch import Tensor
 from kernels import expert_slots
 from kernels.triton_gemv import (
     INTERPRETED,
-    block_times,
     load_block,
     load_columns,
     load_rows,
     load_tiles,
     pack_bytes,
     quantise,
-    quantised_lines,
     rms_scale,
-    stored_lines,
-    tiles_times_floats,
-    tiles_times_lines,
+    rms_scales,
+    rows_product,
+    tiles_product,
     wait_for_inputs,
 )
 
 MOST_TOKENS: Final = 4
-MOST_COLUMNS: Final = 16384
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "swiglu_clamped")
-ELEMENTS: Final = {"bf16": tl.bfloat16, "f16": tl.float16, "f32": tl.float32}
 
 
 class GpuMatrix(NamedTuple):
@@ -60,10 +58,15 @@ class GpuMatrix(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What a program of a kernel takes on: rows of the weight, or tiles of 16 rows; and its warps."""
+    """What a program of a kernel takes on.
+
+    rows of the weight, or tiles of 16 (up of packed experts: always 2 of gate and 2 of up). chunk: columns,
+    or lines of a tile, at once: a power of two.
+    """
 
     rows: int
     warps: int
+    chunk: int
 
 
 # ---- dense -------------------------------------------------------------------------------------------------
@@ -82,43 +85,39 @@ def _finish(y, out, rows, row, t: tl.constexpr, bias, BIAS: tl.constexpr, RESIDU
 
 @triton.jit
 def _linear_tiles(
-    x, base, out, norm, bias, eps, rows, COLUMNS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, L:
-    tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL:
-    tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    x, base, out, norm, bias, eps, rows, COLUMNS: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
+    L: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R tiles a program."""
     LINES: tl.constexpr = (COLUMNS + 63) // 64 * 2 * BITS
-    first = tl.program_id(0) * R
-    words, scales = load_tiles(base, first, (rows + 15) // 16, LINES, L, BITS, R)
+    first, last = tl.program_id(0) * R, (rows + 15) // 16
+    words, scales = load_tiles(base, first, last, 0, LINES, L, BITS, R)
     wait_for_inputs(PDL)
+    rms = rms_scales(x, COLUMNS, C, eps, T, NORM)
+    y = tiles_product(
+        words, scales, base, first, last, x, x, norm, rms, COLUMNS, T, R, L, BITS, NORM, False, EXACT
+    )
     row = first * 16 + tl.arange(0, 16 * R)
     for t in tl.static_range(T):
-        of_token = x + t * COLUMNS
-        scale = rms_scale(of_token, COLUMNS, C, eps) if NORM else 1.0
-        if EXACT:
-            y = tiles_times_floats(words, scales, of_token, norm, scale, COLUMNS, R, L, BITS, NORM)
-        else:
-            low, high, x_scales = quantised_lines(of_token, norm, scale, COLUMNS, L, BITS, NORM)
-            y = tiles_times_lines(words, scales, low, high, x_scales, R, L, BITS)
-        _finish(tl.reshape(y, (16 * R,)), out, rows, row, t, bias, BIAS, RESIDUAL)
+        _finish(tl.reshape(y[t], (16 * R,)), out, rows, row, t, bias, BIAS, RESIDUAL)
 
 
 @triton.jit
 def _linear_rows(
-    x, base, out, norm, bias, eps, rows, COLUMNS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C:
-    tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    x, base, out, norm, bias, eps, rows, COLUMNS: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
+    L: tl.constexpr, C: tl.constexpr, FORMAT: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R rows a program."""
     first = tl.program_id(0) * R
-    weights = load_rows(base, first, rows, COLUMNS, C, R)
+    weights, scales = load_block(base, base, first, rows, 0, COLUMNS, L, R, FORMAT)
     wait_for_inputs(PDL)
+    rms = rms_scales(x, COLUMNS, C, eps, T, NORM)
+    y = rows_product(weights, scales, base, base, first, rows, x, norm, rms, COLUMNS, T, R, L, FORMAT, NORM)
     row = first + tl.arange(0, R)
-    c = tl.arange(0, C)
     for t in tl.static_range(T):
-        of_token = x + t * COLUMNS
-        scale = rms_scale(of_token, COLUMNS, C, eps) if NORM else 1.0
-        v = load_columns(of_token, norm, scale, c, c < COLUMNS, NORM)
-        _finish(tl.sum(weights.to(tl.float32) * v[None, :], axis=1), out, rows, row, t, bias, BIAS, RESIDUAL)
+        _finish(y[t], out, rows, row, t, bias, BIAS, RESIDUAL)
 
 
 def linear(
@@ -138,24 +137,21 @@ def linear(
     x [T, columns], out, norm [columns] (of an RMS norm; None: x as it is) and bias [rows] fp32, contiguous.
     """
     tokens, columns = x.shape
-    assert tokens <= MOST_TOKENS and columns == weight.columns <= MOST_COLUMNS
+    assert tokens <= MOST_TOKENS and columns == weight.columns
     assert out.shape == (tokens, weight.rows) and x.is_contiguous() and out.is_contiguous()
-    flags = {"NORM": norm is not None, "BIAS": bias is not None, "RESIDUAL": residual}
+    flags: dict[str, Any] = {"NORM": norm is not None, "BIAS": bias is not None, "RESIDUAL": residual}
     arguments = (out, x if norm is None else norm, x if bias is None else bias, eps, weight.rows)
-    padded = triton.next_power_of_2(columns)
-    shape = shape or default_shape("linear", weight.format, columns)
+    shape = shape or launch_shape("linear", weight.format, columns)
+    flags |= {"COLUMNS": columns, "T": tokens, "R": shape.rows, "L": shape.chunk, "num_warps": shape.warps}
+    flags |= {"C": triton.next_power_of_2(columns), **_launch(x.device)}
     if weight.format in expert_slots.BITS:
-        grid = (triton.cdiv(triton.cdiv(weight.rows, 16), shape.rows),)
-        _linear_tiles[grid](
-            x, weight.data, *arguments, COLUMNS=columns, T=tokens, R=shape.rows,
-            L=_lines(weight.format, columns), C=padded, BITS=expert_slots.BITS[weight.format], EXACT=exact,
-            num_warps=shape.warps, **flags, **_launch(x.device),
-        )  # fmt: skip
+        _linear_tiles[(triton.cdiv(weight.rows, 16 * shape.rows),)](
+            x, weight.data, *arguments, BITS=expert_slots.BITS[weight.format], EXACT=exact, **flags
+        )
     else:
         _linear_rows[(triton.cdiv(weight.rows, shape.rows),)](
-            x, weight.data.view(expert_slots.FLOATS[weight.format]), *arguments, COLUMNS=columns, T=tokens,
-            R=shape.rows, C=padded, num_warps=shape.warps, **flags, **_launch(x.device),
-        )  # fmt: skip
+            x, weight.data, *arguments, FORMAT=weight.format, **flags
+        )
 
 
 # ---- attention's surroundings ------------------------------------------------------------------------------
@@ -262,7 +258,7 @@ def _store_logits(
 ):  # fmt: skip
     """R experts a program; the first one stores the normed x."""
     first = tl.program_id(0) * R
-    weights = load_rows(router, first, E, D, C, R)
+    weights = load_rows(router, first, E, 0, D, C, R)
     wait_for_inputs(PDL)
     c = tl.arange(0, C)
     for t in tl.static_range(T):
@@ -276,13 +272,16 @@ def _store_logits(
 
 
 @triton.jit
-def _choose(
-    t, probabilities, ids, weights, table, slots, missed, layer, E: tl.constexpr, K: tl.constexpr,
-    P: tl.constexpr, NORMALISE: tl.constexpr,
+def _choose_experts(
+    probabilities, ids, weights, table, slots, missed, layer, E: tl.constexpr, K: tl.constexpr,
+    P: tl.constexpr, NORMALISE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Of token t: softmax, then each expert's rank among all."""
+    """One token a program: softmax, then each expert's rank among all."""
+    t = tl.program_id(0)
     e = tl.arange(0, P)
-    logits = tl.load(probabilities + t * E + e, mask=e < E, other=-1e30, cache_modifier=".cg")
+    slot = tl.load(table + e, mask=e < E, other=0)  # older than the kernel before this one
+    wait_for_inputs(PDL)
+    logits = tl.load(probabilities + t * E + e, mask=e < E, other=-1e30)
     raised = tl.exp(logits - tl.max(logits))
     p = tl.div_rn(raised, tl.sum(raised) + tl.zeros((P,), tl.float32))
     tl.store(probabilities + t * E + e, p, mask=e < E)
@@ -296,38 +295,11 @@ def _choose(
     if NORMALISE:
         w = tl.div_rn(p, tl.sum(tl.where(chosen, p, 0.0)) + tl.zeros((P,), tl.float32))
     place = t * K + rank
-    slot = tl.load(table + e, mask=chosen, other=0)
     tl.store(ids + place, e, mask=chosen)
     tl.store(weights + place, w, mask=chosen)
     tl.store(slots + place, slot, mask=chosen)
-    if tl.min(slot) < 0:
+    if tl.min(tl.where(chosen, slot, 0)) < 0:
         tl.atomic_min(missed, layer)
-
-
-@triton.jit
-def _choose_experts(
-    probabilities, ids, weights, table, slots, missed, layer, E: tl.constexpr, K: tl.constexpr,
-    P: tl.constexpr, NORMALISE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One token a program."""
-    wait_for_inputs(PDL)
-    t = tl.program_id(0)
-    _choose(t, probabilities, ids, weights, table, slots, missed, layer, E, K, P, NORMALISE)
-
-
-@triton.jit
-def _route(
-    x, norm, eps, router, h_out, probabilities, ids, weights, table, slots, missed, layer, arrived,
-    E: tl.constexpr, D: tl.constexpr, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-    P: tl.constexpr, NORMALISE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The program that is through last with its logits chooses. arrived: 0 before and after."""
-    _store_logits(x, norm, eps, router, h_out, probabilities, E, D, T, R, C, PDL)
-    tl.debug_barrier()
-    if tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        tl.store(arrived, 0)
-        for t in tl.static_range(T):
-            _choose(t, probabilities, ids, weights, table, slots, missed, layer, E, K, P, NORMALISE)
 
 
 def route(
@@ -344,7 +316,6 @@ def route(
     slots: Tensor,
     missed: Tensor,
     layer: int,
-    arrived: Tensor | None = None,
 ) -> None:
     """The router of one layer and the norm before it, in fp32.
 
@@ -352,28 +323,20 @@ def route(
     absent. Writes h_out [T, D], probabilities [T, E], and likeliest first (the lower id where two are equal)
     ids int32 [T, K], weights [T, K] (normalise: summing to 1) and slots int32 [T, K]. missed int32 [1] =
     min(missed, layer) if one is absent.
-
-    arrived: int32 [1], 0, of this stream's own: then one kernel does it all, whose last program chooses.
     """
     tokens, hidden = x.shape
     experts, top_k = len(router), ids.shape[1]
-    assert tokens <= MOST_TOKENS and hidden <= MOST_COLUMNS and router.is_contiguous()
+    assert tokens <= MOST_TOKENS and router.is_contiguous()
     padded = triton.next_power_of_2(hidden)
-    rows, options = 1, _launch(x.device)
-    grid, warps = (triton.cdiv(experts, rows),), max(4, min(16, padded // 512))
-    logits = {"E": experts, "D": hidden, "T": tokens, "R": rows, "C": padded, "num_warps": warps}
-    choice = {"K": top_k, "P": max(2, triton.next_power_of_2(experts)), "NORMALISE": normalise}
-    if arrived is None:
-        _store_logits[grid](x, norm, eps, router, h_out, probabilities, **logits, **options)
-        _choose_experts[(tokens,)](
-            probabilities, ids, weights, table, slots, missed, layer, E=experts, num_warps=4, **choice,
-            **options,
-        )  # fmt: skip
-    else:
-        _route[grid](
-            x, norm, eps, router, h_out, probabilities, ids, weights, table, slots, missed, layer, arrived,
-            **logits, **choice, **options,
-        )  # fmt: skip
+    options = _launch(x.device)
+    _store_logits[(experts,)](
+        x, norm, eps, router, h_out, probabilities, E=experts, D=hidden, T=tokens, R=1, C=padded,
+        num_warps=max(1, min(16, padded // 512)), **options,
+    )  # fmt: skip
+    _choose_experts[(tokens,)](
+        probabilities, ids, weights, table, slots, missed, layer, E=experts, K=top_k,
+        P=max(2, triton.next_power_of_2(experts)), NORMALISE=normalise, num_warps=4, **options,
+    )  # fmt: skip
 
 
 # ---- experts -----------------------------------------------------------------------------------------------
@@ -413,14 +376,12 @@ def _up_tiles(
         LINES: tl.constexpr = (D + 63) // 64 * 2 * BITS
         GROUPS: tl.constexpr = (F + 63) // 64 * 2
         base = arena + slot.to(tl.int64) * stride
-        words, scales = load_tiles(base, 4 * group, 4 * GROUPS, LINES, L, BITS, 4)
-        of_token = x + pair // K * D
-        if EXACT:
-            y = tiles_times_floats(words, scales, of_token, x, 1.0, D, 4, L, BITS, False)
-        else:
-            low, high, x_scales = quantised_lines(of_token, x, 1.0, D, L, BITS, False)
-            y = tiles_times_lines(words, scales, low, high, x_scales, 4, L, BITS)
-        gate, up = tl.split(tl.permute(tl.reshape(y, (2, 2, 16)), (0, 2, 1)))  # tiles alternate
+        words, scales = load_tiles(base, 4 * group, 4 * GROUPS, 0, LINES, L, BITS, 4)
+        y = tiles_product(
+            words, scales, base, 4 * group, 4 * GROUPS, x + pair // K * D, x, x, (1.0,), D, 1, 4, L, BITS,
+            False, False, EXACT,
+        )  # fmt: skip
+        gate, up = tl.split(tl.permute(tl.reshape(y[0], (2, 2, 16)), (0, 2, 1)))  # tiles alternate
         hidden = tl.reshape(_activate(gate, up, ACTIVATION), (1, 32))
         at = pair * GROUPS + group
         if EXACT:
@@ -433,29 +394,26 @@ def _up_tiles(
 
 @triton.jit
 def _down_tiles(
-    h, h_scales, slots, arena, stride, products, D: tl.constexpr, F: tl.constexpr, L: tl.constexpr, R:
-    tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    h, h_scales, slots, arena, stride, products, D: tl.constexpr, F: tl.constexpr, L: tl.constexpr,
+    R: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R tiles of down of one pair a program."""
     pair, first = tl.program_id(0), tl.program_id(1) * R
     slot = tl.load(slots + pair)  # older than the kernel before this one
     LINES: tl.constexpr = (F + 63) // 64 * 2 * BITS
-    GROUPS: tl.constexpr = (F + 63) // 64 * 2
+    WIDTH: tl.constexpr = (F + 63) // 64 * 64
     base = arena + tl.maximum(slot, 0).to(tl.int64) * stride + OFFSET
     last = tl.where(slot >= 0, (D + 15) // 16, 0)
-    words, scales = load_tiles(base, first, last, LINES, L, BITS, R)
+    words, scales = load_tiles(base, first, last, 0, LINES, L, BITS, R)
     wait_for_inputs(PDL)
     if slot >= 0:
-        if EXACT:
-            y = tiles_times_floats(
-                words, scales, h + pair * GROUPS * 32, h, 1.0, GROUPS * 32, R, L, BITS, False
-            )
-        else:
-            codes = h.to(tl.pointer_type(tl.int32)) + pair * GROUPS * 8
-            low, high, x_scales = stored_lines(codes, h_scales + pair * GROUPS, LINES, L, BITS)
-            y = tiles_times_lines(words, scales, low, high, x_scales, R, L, BITS)
+        of_pair = h + pair * WIDTH if EXACT else h.to(tl.pointer_type(tl.int32)) + pair * (WIDTH // 4)
+        y = tiles_product(
+            words, scales, base, first, last, of_pair, h_scales + pair * (WIDTH // 32), h, (1.0,), WIDTH, 1,
+            R, L, BITS, False, True, EXACT,
+        )  # fmt: skip
         row = first * 16 + tl.arange(0, 16 * R)
-        tl.store(products + pair * D + row, tl.reshape(y, (16 * R,)), mask=row < D)
+        tl.store(products + pair * D + row, tl.reshape(y[0], (16 * R,)), mask=row < D)
 
 
 @triton.jit
@@ -470,13 +428,17 @@ def _up_rows(
     slot = tl.load(slots + pair)
     if slot >= 0:
         base = arena + slot.to(tl.int64) * stride
-        of_token = x + pair // K * D
-        gate, gate_scales = load_block(base, base + GATE_SCALES, first, F, D, C, R, FORMAT)
-        up, up_scales = load_block(base + UP, base + UP_SCALES, first, F, D, C, R, FORMAT)
-        gate = block_times(gate, gate_scales, of_token, D, C, R, FORMAT)
-        up = block_times(up, up_scales, of_token, D, C, R, FORMAT)
+        x += pair // K * D
+        g, g_scales = load_block(base, base + GATE_SCALES, first, F, 0, D, C, R, FORMAT)
+        u, u_scales = load_block(base + UP, base + UP_SCALES, first, F, 0, D, C, R, FORMAT)
+        gate = rows_product(
+            g, g_scales, base, base + GATE_SCALES, first, F, x, x, (1.0,), D, 1, R, C, FORMAT, False
+        )
+        up = rows_product(
+            u, u_scales, base + UP, base + UP_SCALES, first, F, x, x, (1.0,), D, 1, R, C, FORMAT, False
+        )
         row = first + tl.arange(0, R)
-        tl.store(h + pair * F + row, _activate(gate, up, ACTIVATION), mask=row < F)
+        tl.store(h + pair * F + row, _activate(gate[0], up[0], ACTIVATION), mask=row < F)
 
 
 @triton.jit
@@ -487,14 +449,17 @@ def _down_rows(
     """R rows of down of one pair a program."""
     pair, first = tl.program_id(0), tl.program_id(1) * R
     slot = tl.load(slots + pair)  # older than the kernel before this one
-    base = arena + tl.maximum(slot, 0).to(tl.int64) * stride
+    base = arena + tl.maximum(slot, 0).to(tl.int64) * stride + DOWN
+    scale_base = base + (DOWN_SCALES - DOWN)
     last = tl.where(slot >= 0, D, 0)
-    weights, scales = load_block(base + DOWN, base + DOWN_SCALES, first, last, F, C, R, FORMAT)
+    weights, scales = load_block(base, scale_base, first, last, 0, F, C, R, FORMAT)
     wait_for_inputs(PDL)
     if slot >= 0:
-        y = block_times(weights, scales, h + pair * F, F, C, R, FORMAT)
+        y = rows_product(
+            weights, scales, base, scale_base, first, last, h + pair * F, h, (1.0,), F, 1, R, C, FORMAT, False
+        )
         row = first + tl.arange(0, R)
-        tl.store(products + pair * D + row, y, mask=row < D)
+        tl.store(products + pair * D + row, y[0], mask=row < D)
 
 
 @triton.jit
@@ -529,7 +494,6 @@ class ExpertDecode:
         exact: bool = False,
     ) -> None:
         assert format in expert_slots.FORMATS and activation in ACTIVATIONS
-        assert max(hidden, width) <= MOST_COLUMNS
         self.hidden, self.width, self.format, self.top_k = hidden, width, format, top_k
         self.activation, self.exact = activation, exact
         self._at = expert_slots.slot_layout(format, hidden, width)
@@ -540,8 +504,8 @@ class ExpertDecode:
         self._codes = torch.zeros(rows, padded, device=device)
         self._scales = torch.zeros(rows, padded // expert_slots.GROUP, device=device)
         self.options = _launch(self.products.device)
-        self.up_shape = default_shape("up", format, hidden)
-        self.down_shape = default_shape("down", format, width)
+        self.up_shape = launch_shape("up", format, hidden)
+        self.down_shape = launch_shape("down", format, width)
 
     def run(self, h: Tensor, slots: Tensor, arena: Tensor) -> None:
         """products[p] = expert in slot slots[p] of h[p // K], for every place p with slots[p] >= 0.
@@ -557,35 +521,31 @@ class ExpertDecode:
 
     def up(self, h: Tensor, slots: Tensor, arena: Tensor) -> None:
         """The first half of `run`: hidden activations into the workspace."""
-        rows, warps = self.up_shape
+        rows, warps, chunk = self.up_shape
         if self.format in expert_slots.BITS:
             _up_tiles[(slots.numel(), triton.cdiv(self.width, 64) * 2)](
-                h, slots, arena, arena.stride(0), self._codes, self._scales, K=self.top_k,
-                L=_lines(self.format, self.hidden), ACTIVATION=self.activation, num_warps=warps,
-                **self._constants,
+                h, slots, arena, arena.stride(0), self._codes, self._scales, K=self.top_k, L=chunk,
+                ACTIVATION=self.activation, num_warps=warps, **self._constants,
             )  # fmt: skip
         else:
             _up_rows[(slots.numel(), triton.cdiv(self.width, rows))](
                 h, slots, arena, arena.stride(0), self._codes, GATE_SCALES=self._at.gate_scales,
-                UP=self._at.up, UP_SCALES=self._at.up_scales, K=self.top_k,
-                C=triton.next_power_of_2(self.hidden), R=rows, ACTIVATION=self.activation, num_warps=warps,
-                **self._constants,
+                UP=self._at.up, UP_SCALES=self._at.up_scales, K=self.top_k, C=chunk, R=rows,
+                ACTIVATION=self.activation, num_warps=warps, **self._constants,
             )  # fmt: skip
 
     def down(self, slots: Tensor, arena: Tensor) -> None:
         """The second: products."""
-        rows, warps = self.down_shape
+        rows, warps, chunk = self.down_shape
         if self.format in expert_slots.BITS:
-            _down_tiles[(slots.numel(), triton.cdiv(triton.cdiv(self.hidden, 16), rows))](
-                self._codes, self._scales, slots, arena, arena.stride(0), self.products,
-                L=_lines(self.format, self.width), R=rows, OFFSET=self._at.down, num_warps=warps,
-                **self._constants,
+            _down_tiles[(slots.numel(), triton.cdiv(self.hidden, 16 * rows))](
+                self._codes, self._scales, slots, arena, arena.stride(0), self.products, L=chunk, R=rows,
+                OFFSET=self._at.down, num_warps=warps, **self._constants,
             )  # fmt: skip
         else:
             _down_rows[(slots.numel(), triton.cdiv(self.hidden, rows))](
                 self._codes, slots, arena, arena.stride(0), self.products, DOWN=self._at.down,
-                DOWN_SCALES=self._at.down_scales, C=triton.next_power_of_2(self.width), R=rows,
-                num_warps=warps, **self._constants,
+                DOWN_SCALES=self._at.down_scales, C=chunk, R=rows, num_warps=warps, **self._constants,
             )  # fmt: skip
 
     def combine(self, weights: Tensor, x: Tensor) -> None:
@@ -606,19 +566,31 @@ class ExpertDecode:
 # ---- launch configurations ---------------------------------------------------------------------------------
 
 
-def _lines(format: str, columns: int) -> int:
-    """Lines of a row, padded to a power of two."""
-    return triton.next_power_of_2(triton.cdiv(columns, 64) * 2 * expert_slots.BITS[format])
-
-
-def default_shape(kernel: str, format: str, columns: int) -> Shape:
-    """kernel: "linear", "up" or "down"; columns of the weight."""
-    if format in expert_slots.BITS:
-        warps = max(1, min(16, _lines(format, columns) // 64))
-        return Shape(2, min(16, 2 * warps)) if kernel == "up" else Shape(1, warps)
+@cache
+def launch_shape(kernel: str, format: str, columns: int) -> Shape:
+    """kernel: "linear", "up" or "down". As scripts/bench_gpu_decode.py --tune found, or a guess."""
     padded = triton.next_power_of_2(columns)
+    found = _tuned().get(f"{kernel} {format} {padded}")
+    return Shape(*found) if found else guessed_shape(kernel, format, columns)
+
+
+def guessed_shape(kernel: str, format: str, columns: int) -> Shape:
+    """What fits the registers of a thread."""
+    padded = triton.next_power_of_2(columns)
+    if format in expert_slots.BITS:
+        lines = max(2 * expert_slots.BITS[format], padded * expert_slots.BITS[format] // 32)
+        if kernel == "up":
+            return Shape(2, max(1, min(8, lines // 16)), min(lines, 128))
+        return Shape(1, max(1, min(8, lines // 64)), min(lines, 1024))
     rows = 4 if padded > 8192 or (kernel == "up" and padded > 2048) else 8
-    return Shape(rows, max(1, min(16, padded // 256)))
+    return Shape(rows, max(1, min(16, padded // 256)), min(padded, 8192))
+
+
+@cache
+def _tuned() -> dict[str, list[int]]:
+    """Launch shapes by kernel, format and columns (the next power of two), tuned on an H100."""
+    file = Path(__file__).parent / "tuning" / "decode_sm90.json"
+    return json.loads(file.read_text("utf-8"))["shapes"] if file.exists() else {}
 
 
 @cache

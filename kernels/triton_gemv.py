@@ -1,12 +1,13 @@
 """Triton pieces of the decode kernels: activations made ready, and blocks of weight rows times them.
 
-A program holds all columns of its activations in registers and reads whole rows, so that every weight load is
-under way at once and nothing is summed across programs. Columns are padded to a power of two under a mask.
+A program reads whole rows, a few at a time, in chunks of columns; the loads of one chunk are under way while
+the one before is used. Nothing is summed across programs.
 
-Axis letters: L weight lines of 4 bytes a row (packed tiles), R rows of a block, C columns.
+Axis letters: L weight lines of a chunk (of packed tiles: 4 bytes a row), R rows or tiles of a program,
+C columns of a chunk, T tokens.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-return"
+# mypy: disable-error-code="assignment, no-untyped-def, no-untyped-call, untyped-decorator, no-any-return"
 
 import triton
 import triton.language as tl
@@ -32,6 +33,15 @@ def rms_scale(x, columns: tl.constexpr, C: tl.constexpr, eps):
     c = tl.arange(0, C)
     v = tl.load(x + c, mask=c < columns, other=0.0)
     return tl.div_rn(1.0, tl.sqrt_rn(tl.sum(v * v) / columns + eps))
+
+
+@triton.jit
+def rms_scales(x, columns: tl.constexpr, C: tl.constexpr, eps, T: tl.constexpr, NORM: tl.constexpr):
+    """1 / rms of each of T tokens x [T, columns], as a tuple; 1 unless NORM."""
+    scales = ()
+    for t in tl.static_range(T):
+        scales = scales + (rms_scale(x + t * columns, columns, C, eps) if NORM else 1.0,)
+    return scales
 
 
 @triton.jit
@@ -74,11 +84,15 @@ def pack_bytes(codes, DWORDS: tl.constexpr):
 
 @triton.jit
 def quantised_lines(
-    x, norm, scale, columns: tl.constexpr, L: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr
-):
-    """x [columns] as lines of packed tiles meet it -> low, high int32 [L] (high: int4 only), scales [L]."""
+    x, norm, scale, begin, columns: tl.constexpr, L: tl.constexpr, BITS: tl.constexpr,
+    NORM: tl.constexpr,
+):  # fmt: skip
+    """x [columns] fp32 as L lines of packed tiles, from line `begin`, meet it.
+
+    -> low, high int32 [L] (high: int4 only), scales [L]
+    """
     GROUPS: tl.constexpr = L // BITS
-    at = (32 * tl.arange(0, GROUPS))[:, None] + tl.arange(0, 32)[None, :]
+    at = (begin // BITS * 32 + 32 * tl.arange(0, GROUPS))[:, None] + tl.arange(0, 32)[None, :]
     codes, scales = quantise(load_columns(x, norm, scale, at, at < columns, NORM))
     dwords = pack_bytes(codes, 8 * GROUPS)
     scales = tl.reshape(tl.broadcast_to(scales[:, None], (GROUPS, BITS)), (L,))
@@ -90,9 +104,11 @@ def quantised_lines(
 
 
 @triton.jit
-def stored_lines(codes, scales, LINES: tl.constexpr, L: tl.constexpr, BITS: tl.constexpr):
+def stored_lines(
+    codes, scales, begin, LINES: tl.constexpr, L: tl.constexpr, BITS: tl.constexpr
+):  # fmt: skip
     """The same from int8 codes as dwords and their scales in memory."""
-    line = tl.arange(0, L)
+    line = begin + tl.arange(0, L)
     inside = line < LINES
     s = tl.load(scales + line // BITS, mask=inside, other=0.0)
     if BITS == 4:
@@ -107,15 +123,18 @@ def stored_lines(codes, scales, LINES: tl.constexpr, L: tl.constexpr, BITS: tl.c
 
 
 @triton.jit
-def load_tiles(base, first, last, LINES: tl.constexpr, L: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr):
-    """Tiles first to first + R of a tiled matrix; those from `last` on and lines from LINES on are zeros.
+def load_tiles(
+    base, first, last, begin, LINES: tl.constexpr, L: tl.constexpr, BITS: tl.constexpr,
+    R: tl.constexpr,
+):  # fmt: skip
+    """Lines begin to begin + L of tiles first to first + R; those from LINES and from `last` on are zeros.
 
-    base: its first byte -> words int32 [R, L, 16], scales fp16 [R, L, 16].
+    base: the matrix's first byte -> words int32 [R, L, 16], scales fp16 [R, L, 16].
     """
     PER_BLOCK: tl.constexpr = 2 * BITS  # lines of a superblock
     DWORDS: tl.constexpr = 16 + 16 * PER_BLOCK  # of a superblock
     tile = first + tl.arange(0, R)
-    line = tl.arange(0, L)
+    line = begin + tl.arange(0, L)
     row = tl.arange(0, 16)
     block = line // PER_BLOCK * DWORDS
     mask = (tile < last)[:, None, None] & (line < LINES)[None, :, None]
@@ -126,6 +145,65 @@ def load_tiles(base, first, last, LINES: tl.constexpr, L: tl.constexpr, BITS: tl
         tl.load(base.to(tl.pointer_type(tl.int32)) + words, mask=mask, other=0),
         tl.load(base.to(tl.pointer_type(tl.float16)) + (scales + row[None, None, :]), mask=mask, other=0.0),
     )
+
+
+@triton.jit
+def tiles_product(
+    words, scales, base, first, last, x, x_scales, norm, rms, columns: tl.constexpr, T: tl.constexpr,
+    R: tl.constexpr, L: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, STORED: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """R tiles times T tokens, x [T, columns] -> a tuple of T results [R, 16].
+
+    words, scales: what load_tiles gave for the first L lines. x is fp32, normed with rms (a tuple of T) if
+    NORM, and rounded unless EXACT; or if STORED, int8 codes as dwords, with x_scales.
+    """
+    LINES: tl.constexpr = (columns + 63) // 64 * 2 * BITS
+    if LINES <= L:
+        results = ()
+        for t in tl.static_range(T):
+            product = _tiles_chunk(
+                words, scales, x + t * columns, x_scales, norm, rms[t], 0, columns, R, L, BITS, NORM, STORED,
+                EXACT,
+            )  # fmt: skip
+            results = results + (tl.sum(product, axis=1),)
+        return results
+    else:
+        sums = ()
+        for _ in tl.static_range(T):
+            sums = sums + (tl.zeros((R, L, 16), tl.float32),)
+        # Not unrolled: the compiler would ask for all chunks at once and spill them.
+        for begin in tl.range(0, LINES, L):
+            next_words, next_scales = load_tiles(base, first, last, begin + L, LINES, L, BITS, R)
+            added = ()
+            for t in tl.static_range(T):
+                product = _tiles_chunk(
+                    words, scales, x + t * columns, x_scales, norm, rms[t], begin, columns, R, L, BITS, NORM,
+                    STORED, EXACT,
+                )  # fmt: skip
+                added = added + (sums[t] + product,)
+            sums = added
+            words, scales = next_words, next_scales
+        results = ()
+        for t in tl.static_range(T):
+            results = results + (tl.sum(sums[t], axis=1),)
+        return results
+
+
+@triton.jit
+def _tiles_chunk(
+    words, scales, x, x_scales, norm, rms, begin, columns: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
+    BITS: tl.constexpr, NORM: tl.constexpr, STORED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Lines begin to begin + L, times one token -> [R, L, 16]: still to be summed."""
+    if EXACT:
+        return _times_floats(words, scales, x, norm, rms, begin, columns, R, L, BITS, NORM)
+    elif STORED:
+        low, high, factor = stored_lines(x, x_scales, begin, (columns + 63) // 64 * 2 * BITS, L, BITS)
+        return _times_lines(words, scales, low, high, factor, R, L, BITS)
+    else:
+        low, high, factor = quantised_lines(x, norm, rms, begin, columns, L, BITS, NORM)
+        return _times_lines(words, scales, low, high, factor, R, L, BITS)
 
 
 @triton.jit
@@ -142,105 +220,149 @@ def _dot4(a, b, sum):
 
 
 @triton.jit
-def tiles_times_lines(
-    words, scales, low, high, x_scales, R: tl.constexpr, L: tl.constexpr, BITS: tl.constexpr
-):
-    """words, scales [R, L, 16] times quantised lines [L] -> [R, 16]."""
+def _times_lines(words, scales, low, high, factor, R: tl.constexpr, L: tl.constexpr, BITS: tl.constexpr):
+    """words, scales [R, L, 16] times lines [L] of int8 activations and their scales -> [R, L, 16]."""
     none = tl.zeros((R, L, 16), tl.int32)
     if BITS == 4:
         # A code less 8, times 16, is its nibble in the upper half of a byte with the sign bit turned.
         first = ((words << 4) & -0x0F0F0F10) ^ -0x7F7F7F80
         second = (words & -0x0F0F0F10) ^ -0x7F7F7F80
         sum = _dot4(second, high[None, :, None], _dot4(first, low[None, :, None], none))
-        factor = x_scales * 0.0625
+        factor = factor * 0.0625
     else:
         sum = _dot4(words ^ -0x7F7F7F80, low[None, :, None], none)
-        factor = x_scales
-    return tl.sum(sum.to(tl.float32) * (scales.to(tl.float32) * factor[None, :, None]), axis=1)
+    return sum.to(tl.float32) * (scales.to(tl.float32) * factor[None, :, None])
 
 
 @triton.jit
-def tiles_times_floats(
-    words, scales, x, norm, scale, columns: tl.constexpr, R: tl.constexpr, L: tl.constexpr, BITS:
-    tl.constexpr, NORM: tl.constexpr,
+def _times_floats(
+    words, scales, x, norm, rms, begin, columns: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
+    BITS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """words, scales [R, L, 16] times x [columns] in memory, unrounded -> [R, 16]."""
-    line = tl.arange(0, L)
+    """words, scales [R, L, 16] times x as it is -> [R, L, 16]."""
+    line = begin + tl.arange(0, L)
     sum = tl.zeros((R, L, 16), tl.float32)
     WIDE: tl.constexpr = 8 if BITS == 4 else 4
     ZERO: tl.constexpr = 8.0 if BITS == 4 else 128.0
     for j in tl.static_range(WIDE):
         at = WIDE * line + j
-        v = load_columns(x, norm, scale, at, at < columns, NORM)
+        v = load_columns(x, norm, rms, at, at < columns, NORM)
         code = (words >> (8 * (j % 4) + j // 4 * 4)) & (15 if BITS == 4 else 255)
         sum += (code.to(tl.float32) - ZERO) * v[None, :, None]
-    return tl.sum(sum * scales.to(tl.float32), axis=1)
+    return sum * scales.to(tl.float32)
 
 
 # ---- rows --------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def load_rows(base, first, last, columns: tl.constexpr, C: tl.constexpr, R: tl.constexpr):
-    """Rows first to first + R of a matrix [last, columns] -> [R, C], zeros outside. base: a typed pointer."""
+def load_rows(
+    base, first, last, begin, columns: tl.constexpr, C: tl.constexpr, R: tl.constexpr
+):  # fmt: skip
+    """Columns begin to begin + C of rows first to first + R of a matrix [last, columns], zeros outside.
+
+    base: a pointer of the elements' type -> [R, C].
+    """
     row = first + tl.arange(0, R)
-    c = tl.arange(0, C)
+    c = begin + tl.arange(0, C)
     mask = (row < last)[:, None] & (c < columns)[None, :]
     return tl.load(base + row.to(tl.int64)[:, None] * columns + c[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def load_block(
-    base, scales, first, last, columns: tl.constexpr, C: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr
+    base, scales, first, last, begin, columns: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """Rows first to first + R of an expert's matrix [last, columns], as expert_slots.py has it.
+    """The same of a matrix in FORMAT, as expert_slots.py has it: weights, and scales, or weights again.
 
     mxfp4: bytes [R, C / 2] and scale bytes [R, C / 32]. fp8: bytes [R, C] and the scales [C] of these rows,
-    which lie in one block of 128. Others: [R, C], twice.
+    which lie in one block of 128.
     """
     if FORMAT == "mxfp4":
-        weights = load_rows(base, first, last, columns // 2, C // 2, R)
-        return weights, load_rows(scales, first, last, columns // 32, C // 32, R)
+        weights = load_rows(base, first, last, begin // 2, columns // 2, C // 2, R)
+        return weights, load_rows(scales, first, last, begin // 32, columns // 32, C // 32, R)
     elif FORMAT == "fp8":
-        c = tl.arange(0, C)
+        c = begin + tl.arange(0, C)
         at = scales.to(tl.pointer_type(tl.float32)) + first // 128 * ((columns + 127) // 128) + c // 128
-        return load_rows(base, first, last, columns, C, R), tl.load(at, mask=c < columns, other=0.0)
+        return load_rows(base, first, last, begin, columns, C, R), tl.load(at, mask=c < columns, other=0.0)
     elif FORMAT == "bf16":
-        weights = load_rows(base.to(tl.pointer_type(tl.bfloat16)), first, last, columns, C, R)
+        weights = load_rows(base.to(tl.pointer_type(tl.bfloat16)), first, last, begin, columns, C, R)
         return weights, weights
     elif FORMAT == "f16":
-        weights = load_rows(base.to(tl.pointer_type(tl.float16)), first, last, columns, C, R)
+        weights = load_rows(base.to(tl.pointer_type(tl.float16)), first, last, begin, columns, C, R)
         return weights, weights
     else:
-        weights = load_rows(base.to(tl.pointer_type(tl.float32)), first, last, columns, C, R)
+        weights = load_rows(base.to(tl.pointer_type(tl.float32)), first, last, begin, columns, C, R)
         return weights, weights
 
 
 @triton.jit
-def block_times(
-    weights, scales, x, columns: tl.constexpr, C: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr
+def rows_product(
+    weights, scales, base, scale_base, first, last, x, norm, rms, columns: tl.constexpr, T: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, FORMAT: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """What load_block gave, times x [columns] in memory -> [R].
+    """R rows times T tokens, x [T, columns] fp32, normed with rms (a tuple of T) if NORM -> a tuple of T [R].
+
+    weights, scales: what load_block gave for the first C columns.
+    """
+    if columns <= C:
+        results = ()
+        for t in tl.static_range(T):
+            product = _block_times(
+                weights, scales, x + t * columns, norm, rms[t], 0, columns, C, R, FORMAT, NORM
+            )
+            results = results + (tl.sum(product, axis=1),)
+        return results
+    else:
+        SUMS: tl.constexpr = C // 32 if FORMAT == "mxfp4" else C
+        sums = ()
+        for _ in tl.static_range(T):
+            sums = sums + (tl.zeros((R, SUMS), tl.float32),)
+        for begin in tl.range(0, columns, C):
+            next_weights, next_scales = load_block(
+                base, scale_base, first, last, begin + C, columns, C, R, FORMAT
+            )
+            added = ()
+            for t in tl.static_range(T):
+                product = _block_times(
+                    weights, scales, x + t * columns, norm, rms[t], begin, columns, C, R, FORMAT, NORM
+                )
+                added = added + (sums[t] + product,)
+            sums = added
+            weights, scales = next_weights, next_scales
+        results = ()
+        for t in tl.static_range(T):
+            results = results + (tl.sum(sums[t], axis=1),)
+        return results
+
+
+@triton.jit
+def _block_times(
+    weights, scales, x, norm, rms, begin, columns: tl.constexpr, C: tl.constexpr,
+    R: tl.constexpr, FORMAT: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """What load_block gave, times its columns of x -> [R, C], of mxfp4 [R, C / 32]: still to be summed.
 
     e4m3 and e2m1 become fp32 by moving their bits, exponents as they are: 2 ** 120 and 2 ** 126 too small,
     which x and the scales make up for by half each, so that nothing leaves fp32's range.
     """
     if FORMAT == "mxfp4":
-        c = tl.arange(0, C // 2)
-        even = tl.load(x + 2 * c, mask=2 * c < columns, other=0.0) * 9223372036854775808.0  # 2 ** 63
-        odd = tl.load(x + 2 * c + 1, mask=2 * c < columns, other=0.0) * 9223372036854775808.0
+        c = begin + 2 * tl.arange(0, C // 2)
+        even = load_columns(x, norm, rms, c, c < columns, NORM) * 9223372036854775808.0  # 2 ** 63
+        odd = load_columns(x, norm, rms, c + 1, c < columns, NORM) * 9223372036854775808.0
         pairs = weights.to(tl.int32)
         sums = _e2m1(pairs) * even[None, :] + _e2m1(pairs >> 4) * odd[None, :]
         sums = tl.sum(tl.reshape(sums, (R, C // 32, 16)), axis=2)
-        return tl.sum(sums * (_e8m0(scales) * 9223372036854775808.0), axis=1)
+        return sums * (_e8m0(scales) * 9223372036854775808.0)
     else:
-        c = tl.arange(0, C)
-        v = tl.load(x + c, mask=c < columns, other=0.0)
+        c = begin + tl.arange(0, C)
+        v = load_columns(x, norm, rms, c, c < columns, NORM)
         if FORMAT == "fp8":
             v = v * 1152921504606846976.0 * (scales * 1152921504606846976.0)  # 2 ** 60
             bits = weights.to(tl.int32)
             weights = (((bits & 128) << 24) | ((bits & 127) << 20)).to(tl.float32, bitcast=True)
-        return tl.sum(weights.to(tl.float32) * v[None, :], axis=1)
+        return weights.to(tl.float32) * v[None, :]
 
 
 @triton.jit

@@ -22,7 +22,7 @@ REGISTERS = {1: 255, 2: 255, 4: 255, 8: 255, 16: 128}  # that a thread of so man
 
 POINTERS = {
     "base": "*u8", "arena": "*u8", "slots": "*i32", "ids": "*i32", "table": "*i32", "missed": "*i32",
-    "arrived": "*i32", "position": "*i32", "keys": "*bf16", "values": "*bf16", "q_out": "*bf16",
+    "position": "*i32", "keys": "*bf16", "values": "*bf16", "q_out": "*bf16",
     "eps": "fp32", "clip": "fp32", "rows": "i32", "layer": "i32", "stride": "i64",
 }  # fmt: skip
 
@@ -35,27 +35,30 @@ def kernels(pdl: bool) -> dict[str, tuple[str, dict[str, Any], int]]:
     dense = {"COLUMNS": 2048, "T": 1, "C": 2048, "NORM": True, "BIAS": False, "RESIDUAL": False, "PDL": pdl}
     found: dict[str, tuple[str, dict[str, Any], int]] = {}
     for format, bits in (("int4", 4), ("int8", 8)):
-        lines = {columns: module._lines(format, columns) for columns in (768, 2048)}
-        up, down = (module.default_shape(k, format, n) for k, n in (("up", 2048), ("down", 768)))
-        shape = module.default_shape("linear", format, 2048)
+        up, down = (module.guessed_shape(k, format, n) for k, n in (("up", 2048), ("down", 768)))
+        shape = module.guessed_shape("linear", format, 2048)
         shared = {**qwen, "BITS": bits, "EXACT": False}
-        constants = {**shared, "K": 8, "L": lines[2048], "ACTIVATION": "silu"}
+        constants = {**shared, "K": 8, "L": up.chunk, "ACTIVATION": "silu"}
         found[f"up {format}"] = ("_up_tiles", constants, up.warps)
-        constants = {**shared, "L": lines[768], "R": down.rows, "OFFSET": 4096}
+        constants = {**shared, "L": down.chunk, "R": down.rows, "OFFSET": 4096}
         found[f"down {format}"] = ("_down_tiles", constants, down.warps)
-        constants = {**dense, "R": shape.rows, "L": lines[2048], "BITS": bits, "EXACT": False}
+        constants = {**dense, "R": shape.rows, "L": shape.chunk, "BITS": bits, "EXACT": False}
         found[f"linear {format}"] = ("_linear_tiles", constants, shape.warps)
     for format in ("bf16", "fp8", "mxfp4"):
-        up, down = (module.default_shape(k, format, n) for k, n in (("up", 2048), ("down", 768)))
-        constants = {**qwen, "FORMAT": format, "ACTIVATION": "silu", "K": 8, "C": 2048, "R": up.rows}
+        up, down = (module.guessed_shape(k, format, n) for k, n in (("up", 2048), ("down", 768)))
+        constants = {**qwen, "FORMAT": format, "ACTIVATION": "silu", "K": 8, "C": up.chunk, "R": up.rows}
         constants |= {"UP": 4096, "GATE_SCALES": 8192, "UP_SCALES": 8192}
         found[f"up {format}"] = ("_up_rows", constants, up.warps)
-        constants = {**qwen, "DOWN": 4096, "DOWN_SCALES": 8192, "C": 1024, "R": down.rows, "FORMAT": format}
+        constants = {**qwen, "DOWN": 4096, "DOWN_SCALES": 8192, "FORMAT": format}
+        constants |= {"C": down.chunk, "R": down.rows}
         found[f"down {format}"] = ("_down_rows", constants, down.warps)
-    shape = module.default_shape("linear", "bf16", 2048)
-    found["linear bf16"] = ("_linear_rows", {**dense, "R": shape.rows}, shape.warps)
-    constants = {"E": 128, "D": 2048, "K": 8, "T": 1, "R": 1, "C": 2048, "P": 128, "NORMALISE": True}
-    found["route"] = ("_route", {**constants, "PDL": pdl}, 4)
+    shape = module.guessed_shape("linear", "bf16", 2048)
+    constants = {**dense, "R": shape.rows, "L": shape.chunk, "FORMAT": "bf16"}
+    found["linear bf16"] = ("_linear_rows", constants, shape.warps)
+    constants = {"E": 128, "D": 2048, "T": 1, "R": 1, "C": 2048, "PDL": pdl}
+    found["logits"] = ("_store_logits", constants, 4)
+    constants = {"E": 128, "K": 8, "P": 128, "NORMALISE": True, "PDL": pdl}
+    found["choice"] = ("_choose_experts", constants, 4)
     found["combine"] = ("_combine", {"D": 2048, "K": 8, "BLOCK": 256, "PDL": pdl}, 2)
     constants = {"H": 32, "G": 4, "d": 128, "BLOCK": 128, "FULL": 4096, "QK_NORM": "head", "CLIP": False}
     found["rope"] = ("_rope_and_store", {**constants, "PDL": pdl}, 1)
@@ -74,11 +77,7 @@ def compile_all(sm: int) -> dict[str, dict[str, Any]]:
     for name, (kernel_name, constants, warps) in kernels(pdl=sm >= 90).items():
         kernel = getattr(module, kernel_name)
         signature = {
-            argument: "constexpr"
-            if argument in constants
-            else "*bf16"
-            if (name, argument) == ("linear bf16", "base")
-            else POINTERS.get(argument, "*fp32")
+            argument: "constexpr" if argument in constants else POINTERS.get(argument, "*fp32")
             for argument in kernel.arg_names
         }
         aligned = {
