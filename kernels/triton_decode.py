@@ -566,11 +566,10 @@ class ExpertDecode:
 # ---- launch configurations ---------------------------------------------------------------------------------
 
 
-@cache
 def launch_shape(kernel: str, format: str, columns: int) -> Shape:
     """kernel: "linear", "up" or "down". As scripts/bench_gpu_decode.py --tune found, or a guess."""
     padded = triton.next_power_of_2(columns)
-    found = _tuned().get(f"{kernel} {format} {padded}")
+    found = tuned_shapes().get(f"{kernel} {format} {padded}")
     return Shape(*found) if found else guessed_shape(kernel, format, columns)
 
 
@@ -587,7 +586,7 @@ def guessed_shape(kernel: str, format: str, columns: int) -> Shape:
 
 
 @cache
-def _tuned() -> dict[str, list[int]]:
+def tuned_shapes() -> dict[str, list[int]]:
     """Launch shapes by kernel, format and columns (the next power of two), tuned on an H100."""
     file = Path(__file__).parent / "tuning" / "decode_sm90.json"
     return json.loads(file.read_text("utf-8"))["shapes"] if file.exists() else {}

@@ -30,10 +30,10 @@ from kernels.triton_decode import (  # noqa: E402
     ExpertDecode,
     GpuMatrix,
     Shape,
-    launch_shape,
     linear,
     rope_and_store,
     route,
+    tuned_shapes,
 )
 
 DEVICE = "cuda"
@@ -464,7 +464,7 @@ def main() -> None:
         text = ",\n".join(f'    "{name}": {shape}' for name, shape in shapes.items())
         file.parent.mkdir(exist_ok=True)
         file.write_text(f'{{\n  "device": "{result["device"]}",\n  "shapes": {{\n{text}\n  }}\n}}\n', "utf-8")
-        launch_shape.cache_clear()
+        tuned_shapes.cache_clear()
     result["times"] = report(rate, MODELS, formats)
     print(json.dumps(result))
 
