@@ -150,8 +150,8 @@ class CudaCopyEngine:
         self._driver = _Driver()
         compute = compute or torch.cuda.current_stream(arena.device)
         self._compute = compute.cuda_stream
-        self._in = _Lane(self._driver, arena.device)
-        self._out = _Lane(self._driver, arena.device)
+        self._streams = [_new_stream(arena.device) for _ in range(2)]  # kept alive
+        self._in, self._out = (Lane(self._driver, stream.cuda_stream) for stream in self._streams)
         self._computed = self._driver.new_event()
 
     def copy_in(self, slot: int, addresses: Addresses) -> None:
@@ -209,7 +209,8 @@ class CudaCopyEngine:
         self._driver.check(self._driver.unregister(address), "releasing pinned memory")
 
     def close(self) -> None:
-        for lane in (self._in, self._out):
+        for stream, lane in zip(self._streams, (self._in, self._out), strict=True):
+            stream.synchronize()
             lane.close()
         self._driver.destroy_event(self._computed)
 
@@ -219,13 +220,25 @@ class CudaCopyEngine:
             self._driver.stream_waits(stream, event)
 
 
-class _Lane:
-    """One stream and its tickets, which count up; a ring of events stands for the youngest of them."""
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def __init__(self, driver: "_Driver", device: torch.device) -> None:
-        self._driver = driver
-        self._owner = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # keeps the stream alive
-        self.stream = self._owner.cuda_stream
+
+class EventDriver(Protocol):
+    """What a lane needs of the driver. Events and streams are handles."""
+
+    def new_event(self) -> int: ...
+    def destroy_event(self, event: int) -> None: ...
+    def record(self, event: int, stream: int) -> None: ...
+    def has_happened(self, event: int) -> bool: ...
+    def synchronize(self, event: int) -> None: ...
+
+
+class Lane:
+    """One stream and its tickets, which count up from 1; a ring of events stands for the youngest of them."""
+
+    def __init__(self, driver: EventDriver, stream: int) -> None:
+        self._driver, self.stream = driver, stream
         self._events = [driver.new_event() for _ in range(EVENTS)]
         self._newest = self._done = 0
 
@@ -238,6 +251,7 @@ class _Lane:
         return ticket
 
     def event(self, ticket: int) -> int:
+        """Of a ticket that may not be done yet."""
         return self._events[ticket % EVENTS]
 
     def is_done(self, ticket: int) -> bool:
@@ -248,10 +262,9 @@ class _Lane:
     def wait(self, ticket: int) -> None:
         if ticket > self._done:
             self._driver.synchronize(self.event(ticket))
-            self._done = max(self._done, ticket)
+            self._done = ticket
 
     def close(self) -> None:
-        self._owner.synchronize()
         for event in self._events:
             self._driver.destroy_event(event)
         self._events.clear()
