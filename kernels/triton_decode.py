@@ -29,12 +29,9 @@ from kernels import expert_slots
 from kernels.triton_gemv import (
     INTERPRETED,
     load_block,
-    load_columns,
-    load_rows,
     load_tiles,
     pack_bytes,
     quantise,
-    rms_scale,
     rms_scales,
     rows_product,
     tiles_product,
@@ -253,22 +250,25 @@ def rope_and_store(
 
 @triton.jit
 def _store_logits(
-    x, norm, eps, router, h_out, logits, E: tl.constexpr, D: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, PDL: tl.constexpr,
+    x, norm, eps, router, h_out, logits, saved, E: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
+    C: tl.constexpr, SAVE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """R experts a program; the first one stores the normed x."""
-    first = tl.program_id(0) * R
-    weights = load_rows(router, first, E, 0, D, C, R)
-    wait_for_inputs(PDL)
+    """One expert a program; the first one stores the normed x, and x."""
+    e = tl.program_id(0)
     c = tl.arange(0, C)
+    inside = c < D
+    gain = tl.load(norm + c, mask=inside, other=0.0)
+    weight = tl.load(router + e * D + c, mask=inside, other=0.0) * gain
+    wait_for_inputs(PDL)
     for t in tl.static_range(T):
-        of_token = x + t * D
-        scale = rms_scale(of_token, D, C, eps)
-        v = load_columns(of_token, norm, scale, c, c < D, True)
-        if tl.program_id(0) == 0:
-            tl.store(h_out + t * D + c, v, mask=c < D)
-        row = first + tl.arange(0, R)
-        tl.store(logits + t * E + row, tl.sum(weights * v[None, :], axis=1), mask=row < E)
+        v = tl.load(x + t * D + c, mask=inside, other=0.0)
+        squares, logit = tl.split(tl.sum(tl.join(v * v, weight * v), axis=0))  # one reduction
+        scale = tl.div_rn(1.0, tl.sqrt_rn(squares / D + eps))
+        tl.store(logits + t * E + e, logit * scale)
+        if e == 0:
+            tl.store(h_out + t * D + c, v * scale * gain, mask=inside)
+            if SAVE:
+                tl.store(saved + t * D + c, v, mask=inside)
 
 
 @triton.jit
@@ -283,13 +283,14 @@ def _choose_experts(
     wait_for_inputs(PDL)
     logits = tl.load(probabilities + t * E + e, mask=e < E, other=-1e30)
     raised = tl.exp(logits - tl.max(logits))
-    p = tl.div_rn(raised, tl.sum(raised) + tl.zeros((P,), tl.float32))
+    total = tl.sum(raised)
+    p = tl.div_rn(raised, total + tl.zeros((P,), tl.float32))
     tl.store(probabilities + t * E + e, p, mask=e < E)
     p = tl.where(e < E, p, -1.0)
     before = (p[:, None] > p[None, :]) | ((p[:, None] == p[None, :]) & (e[:, None] < e[None, :]))
     rank = tl.sum(before.to(tl.int32), axis=0)  # over rows: those of a thread first
     # NaN has no order: then the first K, and whoever reads the logits reports it.
-    rank = tl.where(tl.sum((p != p).to(tl.int32)) > 0, e, rank)
+    rank = tl.where(total == total, rank, e)
     chosen = (rank < K) & (e < E)
     w = p
     if NORMALISE:
@@ -316,13 +317,14 @@ def route(
     slots: Tensor,
     missed: Tensor,
     layer: int,
+    saved: Tensor | None = None,
 ) -> None:
     """The router of one layer and the norm before it, in fp32.
 
     x [T, D] fp32, norm [D], router [E, D] fp32, table int32 [E]: each expert's slot, -1 for one that is
     absent. Writes h_out [T, D], probabilities [T, E], and likeliest first (the lower id where two are equal)
     ids int32 [T, K], weights [T, K] (normalise: summing to 1) and slots int32 [T, K]. missed int32 [1] =
-    min(missed, layer) if one is absent.
+    min(missed, layer) if one is absent. saved [T, D]: a copy of x, if given.
     """
     tokens, hidden = x.shape
     experts, top_k = len(router), ids.shape[1]
@@ -330,8 +332,8 @@ def route(
     padded = triton.next_power_of_2(hidden)
     options = _launch(x.device)
     _store_logits[(experts,)](
-        x, norm, eps, router, h_out, probabilities, E=experts, D=hidden, T=tokens, R=1, C=padded,
-        num_warps=max(1, min(16, padded // 512)), **options,
+        x, norm, eps, router, h_out, probabilities, x if saved is None else saved, E=experts, D=hidden,
+        T=tokens, C=padded, SAVE=saved is not None, num_warps=max(1, min(16, padded // 512)), **options,
     )  # fmt: skip
     _choose_experts[(tokens,)](
         probabilities, ids, weights, table, slots, missed, layer, E=experts, K=top_k,

@@ -171,8 +171,9 @@ def routed(
     ]  # fmt: skip
     route(
         x.to(DEVICE), norm.to(DEVICE), 1e-5, router.to(DEVICE), normalise, table.to(DEVICE), *results,
-        layer=7,
+        layer=7, saved=(saved := poisoned(*x.shape)),
     )  # fmt: skip
+    assert torch.equal(saved.cpu(), x) or x.isnan().any()
     return [result.cpu() for result in results]
 
 

@@ -55,7 +55,7 @@ def kernels(pdl: bool) -> dict[str, tuple[str, dict[str, Any], int]]:
     shape = module.guessed_shape("linear", "bf16", 2048)
     constants = {**dense, "R": shape.rows, "L": shape.chunk, "FORMAT": "bf16"}
     found["linear bf16"] = ("_linear_rows", constants, shape.warps)
-    constants = {"E": 128, "D": 2048, "T": 1, "R": 1, "C": 2048, "PDL": pdl}
+    constants = {"E": 128, "D": 2048, "T": 1, "C": 2048, "SAVE": True, "PDL": pdl}
     found["logits"] = ("_store_logits", constants, 4)
     constants = {"E": 128, "K": 8, "P": 128, "NORMALISE": True, "PDL": pdl}
     found["choice"] = ("_choose_experts", constants, 4)
