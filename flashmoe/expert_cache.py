@@ -288,20 +288,29 @@ class ExpertCache:
     def addresses(self, key: ExpertId) -> Addresses:
         return self._residents[key].addresses
 
+    def read_early(self, keys: Iterable[ExpertId]) -> None:
+        """Ask for reads of the event that begins, as far as slots are free or hold copies: the drive need not
+        wait for the policies."""
+        for key in keys:
+            if not self._free and not self._copies:
+                return
+            if not any(key in known for known in (self._residents, self._guesses, self._staged)):
+                self._submit(key)
+
     def begin_below(
         self, lacking: Sequence[ExpertId], rising: Collection[ExpertId], leaving: Sequence[ExpertId],
         above: Collection[ExpertId],
     ) -> frozenset[ExpertId]:  # fmt: skip
         """Begin an event (`LowerTier.begin_below`) -> which of `leaving` must be copied down: those that fall
         and have no copy here. Those of `above` are there already as guesses and are not read."""
-        self._end_event()
         descent = self.lower.begin_below(lacking, rising, leaving)
         self._make_way(leaving, descent)
-        self._file_arrivals()
+        if not self._in_flight:
+            self._file_arrivals()
         for key in descent.missing:
             if key in above:
                 self.lower.arrived(key)
-            elif not self._was_guessed(key):
+            elif key not in self._in_flight and not self._was_guessed(key):
                 self._submit(key)
         return self._come_down(descent.falling)
 
@@ -380,7 +389,9 @@ class ExpertCache:
             copy = next(iter(self._copies))
             del self._copies[copy]
             slot = self._residents.pop(copy).slot
-        addresses = _addresses(self._reader.views(self._plans[key], self._buffers[slot]))
+        buffer = self._buffers[slot]
+        assert buffer is not None
+        addresses = _addresses([buffer[begin : begin + size] for begin, size in self._plans[key].parts])
         copy_out(addresses)
         self._residents[key] = _Resident(slot, addresses)
 

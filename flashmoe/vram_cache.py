@@ -146,6 +146,9 @@ class VramCache:
         ordinal = self._ordinals[layer]
         missing = [key for expert in ids if (key := (ordinal, expert)) not in self._slots]
         in_ram = [key for key in missing if key in self.ram.lower]
+        if len(in_ram) < len(missing):
+            at_hand = {*in_ram, *self._staged}
+            self.ram.read_early(key for key in missing if key not in at_hand)
         on_cpu = in_ram[len(in_ram) - self._share_of_cpu(len(in_ram)) :]
         self._counters.hits += len(ids) - len(missing)
         self._counters.misses += len(missing)
@@ -287,6 +290,7 @@ class VramCache:
     def close(self) -> None:
         """Stop copying and reading, and give the memory back."""
         self.evict_all()
+        self._copies.recover(set())
         self._engine.unpin(self._pinned[0])
         self._engine.close()
         self.ram.close()

@@ -37,13 +37,6 @@ LAYOUT = slot_layout("f32", 4, 2)
 assert LAYOUT.bytes == EXPERT_BYTES
 
 
-class TwoWayDrive(PatientDrive):
-    """Demand reads arrive at once; says where in a slot what falls from VRAM goes."""
-
-    def views(self, plan: ReadPlan, slot: memoryview) -> tuple[memoryview, ...]:
-        return tuple(slot[i * MATRIX_BYTES : (i + 1) * MATRIX_BYTES] for i in range(3))
-
-
 @dataclass
 class Queue:
     """Work of one stream: each piece, once whatever `awaits` names has been done."""
@@ -137,7 +130,7 @@ class Tiers:
     """A VRAM cache, what is below it, and how to run events as a decoder does."""
 
     cache: VramCache
-    drive: TwoWayDrive
+    drive: PatientDrive
     engine: LazyEngine
     table: np.ndarray
     after_error: bool = False  # an event was cut short, and none has begun since
@@ -214,9 +207,10 @@ def make_tiers(
     placement: Placement | None = None, seed: int = 0, per_layer: bool = False,
 ) -> Tiers:  # fmt: skip
     """`vram`, `ram`: capacities, in all or with `per_layer` of each layer."""
-    drive = TwoWayDrive()
+    drive = PatientDrive()
     ids = [(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
-    plan = ReadPlan((Run(0, 0, EXPERT_BYTES, 0),), ((0, MATRIX_BYTES),) * 3, 4096, EXPERT_BYTES, EXPERT_BYTES)
+    parts = tuple((i * MATRIX_BYTES, MATRIX_BYTES) for i in range(3))
+    plan = ReadPlan((Run(0, 0, EXPERT_BYTES, 0),), parts, 4096, EXPERT_BYTES, EXPERT_BYTES)
     geometry = Geometry(LAYERS, EXPERTS, TOP_K, ram, per_layer)
     lower = ExpertCache(
         dict.fromkeys(ids, plan), drive, drive, make_policy(below or policy, geometry), geometry, ram_spare  # type: ignore[arg-type]
