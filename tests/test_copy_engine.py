@@ -12,7 +12,7 @@ from flashmoe.copy_engine import EVENTS, CopyEngine, CudaCopyEngine, HostCopyEng
 from flashmoe.errors import GpuError
 from kernels.expert_ffn import Addresses
 from kernels.expert_slots import slot_layout
-from storage.host import allocate_aligned
+from storage.host import allocate_aligned, populate, rss_bytes
 
 LAYOUT = slot_layout("bf16", 64, 32)  # three matrices of 4096 bytes
 PART = LAYOUT.bytes // 3
@@ -50,6 +50,14 @@ def check_both_ways(engine: CopyEngine, arena: torch.Tensor) -> None:
 def test_an_expert_goes_to_ordinary_memory_and_back() -> None:
     arena = torch.zeros(3, LAYOUT.bytes + 64, dtype=torch.uint8)
     check_both_ways(HostCopyEngine(arena, LAYOUT), arena)
+
+
+def test_memory_gets_its_pages_at_once_and_is_zero() -> None:
+    memory = allocate_aligned(3 << 20)
+    before = rss_bytes()
+    if populate(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 3 << 20):
+        assert rss_bytes() - before >= 2 << 20
+    assert not any(memory[:: 1 << 16])
 
 
 class Clockwork:
