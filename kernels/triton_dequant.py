@@ -1,12 +1,14 @@
 """Packed weights to bf16 in registers, for the grouped kernels: dwords of codes in, the A operand of a matrix
 product out.
 
-A dword holds V = 8 (int4, mxfp4) or 4 (int8, fp8) codes of one row; 64 columns are L = 64 / V dwords. Code q
-of dword c is column V c + q. Decoding gives V planes, plane q with the codes q of all dwords, and the planes
-are laid one behind the other: column V c + q moves to q L + c. The other operand's columns are moved the same
-way once, where they are written (`plane_column`), and nothing has to be exchanged between threads here: two
-neighbouring dwords of a row, which is what a thread holds of the A operand, give V pairs of bf16 in about two
-instructions a code, and integers become floats by logic:
+A dword holds V = 8 (int4, mxfp4) or 4 (int8, fp8) codes of one row; 64 columns are L = 64 / V dwords, "lines"
+in packed tiles. Code q of line l is column V l + q. Decoding gives V planes, plane q with the codes q of all
+lines, and the planes are laid one behind the other. Within a plane the lines of each 8 are ordered 0, 4, 1,
+5, 2, 6, 3, 7: a thread of the product holds two neighbouring columns of the A operand, so four threads read
+four lines side by side, and a pair of columns has one of each group's scale. The other operand's columns are
+moved the same way once, where they are written (`plane_column`), and nothing has to be exchanged between
+threads here: two dwords of a row give V pairs of bf16 in about two instructions a code, and integers become
+floats by logic:
 
     int4   0x4300 | q is 128 + q in bf16; minus 136
     int8   0x4300 | low 7 bits, minus 128 or 256 by the top bit
@@ -100,7 +102,13 @@ def plane_column(columns: int, codes: int) -> list[int]:
     plane_column(...)[p].
     """
     lines = 64 // codes
-    return [64 * (p // 64) + codes * (p % lines) + p % 64 // lines for p in range(columns)]
+
+    def column(p: int) -> int:
+        k = p % lines
+        line = k // 8 * 8 + k % 2 * 4 + k % 8 // 2
+        return p // 64 * 64 + codes * line + p % 64 // lines
+
+    return [column(p) for p in range(columns)]
 
 
 @triton.jit

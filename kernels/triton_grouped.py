@@ -260,90 +260,109 @@ def rows_down(
 
 
 @triton.jit
-def _codes_at(
-    expert, n, N: tl.constexpr, K: tl.constexpr, S: tl.constexpr, TILED: tl.constexpr, PAIRED: tl.constexpr,
-    CODES: tl.constexpr,
+def _tiles_at(
+    matrix, first, K: tl.constexpr, N: tl.constexpr, S: tl.constexpr, STEP: tl.constexpr, FORMAT: tl.constexpr
 ):  # fmt: skip
-    """Pointers to the dwords of rows n [BN] and the first S blocks of 64 columns of a matrix [N, K] -> [BN, S
-    L].
+    """Pointers to N / 16 packed tiles, every STEP-th from tile `first` on, and their first S blocks of 64
+    columns: codes as dwords [N / 16, S, 16 L], scales [N, 2 S].
 
-    expert: where the matrix begins. PAIRED: gate or up, whose tiles alternate.
+    A dword of scales is of two rows (copies to shared memory are of 4 bytes or more). Rows are in the order
+    of `_tiles`.
     """
-    L: tl.constexpr = 64 // CODES
-    line = tl.arange(0, S * L)
-    words = expert.to(tl.pointer_type(tl.int32))
-    if TILED:
-        SUPER: tl.constexpr = 16 * (L + 1)  # dwords of a superblock; the first 16 are its scales
-        TILE: tl.constexpr = (K + 63) // 64 * SUPER * (2 if PAIRED else 1)
-        row = (n // 16) * TILE + n % 16
-        return words + row[:, None] + ((line // L) * SUPER + 16 + (line % L) * 16)[None, :]
-    else:
-        return words + (n * (K // CODES))[:, None] + line[None, :]
+    L: tl.constexpr = 8 if FORMAT == "int4" else 16
+    SUPER: tl.constexpr = 16 * (L + 1)  # dwords of a superblock; the first 16 are its scales
+    TILE: tl.constexpr = (K + 63) // 64 * SUPER
+    words = matrix.to(tl.pointer_type(tl.int32))
+    at = ((first + tl.arange(0, N // 16) * STEP) * TILE)[:, None] + (tl.arange(0, S) * SUPER)[None, :]
+    codes = words + at[:, :, None] + (16 + tl.arange(0, 16 * L))[None, None, :]
+    r, group = tl.arange(0, N), tl.arange(0, 2 * S)
+    row = (first + (r // 32 * 2 + r // 8 % 2) * STEP) * TILE + (r // 16 % 2 * 8 + r % 8) // 2
+    return codes, words + row[:, None] + (group // 2 * SUPER + group % 2 * 8)[None, :]
 
 
 @triton.jit
-def _scales_at(scales, n, K: tl.constexpr, S: tl.constexpr, PAIRED: tl.constexpr, FORMAT: tl.constexpr):
-    """Likewise to dwords with their scales: tiles (scales: where the matrix begins) [BN, 2 S], fp8 fp32 [BN,
-    S].
-
-    A dword of tiles holds the scales of two rows: asynchronous copies are of 4 bytes or more. Of mxfp4 the
-    beginning.
-    """
-    words = scales.to(tl.pointer_type(tl.int32))
-    if FORMAT == "int4" or FORMAT == "int8":
-        group = tl.arange(0, 2 * S)
-        SUPER: tl.constexpr = 16 * ((8 if FORMAT == "int4" else 16) + 1)
-        TILE: tl.constexpr = (K + 63) // 64 * SUPER * (2 if PAIRED else 1)
-        row = (n // 16) * TILE + n % 16 // 2
-        return words + row[:, None] + ((group // 2) * SUPER + group % 2 * 8)[None, :]
-    elif FORMAT == "fp8":
-        ROW: tl.constexpr = (K + 127) // 128
-        return words + (n // 128 * ROW)[:, None] + (tl.arange(0, S) // 2)[None, :]
-    else:
-        return words + (n * 0)[:, None]
-
-
-@triton.jit
-def _weights(
-    codes_at, scales_at, b, n, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
-    PAIRED: tl.constexpr, FORMAT: tl.constexpr, INTERPRET: tl.constexpr,
+def _tiles(
+    codes_at, scales_at, b, left, ALL: tl.constexpr, N: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Blocks b to b + S of the rows that the pointers name -> bf16 [BN, 64 S], columns moved
+    """Blocks b to b + S of the tiles that the pointers name -> bf16 [N, 64 S], columns moved
     (triton_dequant.py).
+
+    8 rows of the first tile, 8 of the second, 8 of the first, 8 of the second, then the next two tiles: of
+    gate and up a thread of the product then has both. left: how many of the tiles exist, unless ALL do.
     """
-    TILED: tl.constexpr = FORMAT == "int4" or FORMAT == "int8"
-    L: tl.constexpr = 8 if FORMAT == "int4" or FORMAT == "mxfp4" else 16
-    if TILED:
-        SUPER: tl.constexpr = 16 * (L + 1)
-        ROWS: tl.constexpr = (N + 63) // 64 * 64 if PAIRED else (N + 15) // 16 * 16
-        if ROWS % BN == 0:
-            words = tl.load(codes_at + b * SUPER)
-            two = tl.load(scales_at + b * SUPER)
-        else:
-            words = tl.load(codes_at + b * SUPER, mask=(n < ROWS)[:, None], other=0)
-            two = tl.load(scales_at + b * SUPER, mask=(n < ROWS)[:, None], other=0)
-        scale = (two >> (n % 2 * 16)[:, None]).to(tl.int16).to(tl.float16, bitcast=True)
-        scale = cast(scale, tl.bfloat16, INTERPRET)
+    L: tl.constexpr = 8 if FORMAT == "int4" else 16
+    SUPER: tl.constexpr = 16 * (L + 1)
+    r = tl.arange(0, N)
+    if ALL:
+        words = tl.load(codes_at + b * SUPER)
+        two = tl.load(scales_at + b * SUPER)
     else:
-        if N % BN == 0 and K % (64 * S) == 0:
-            words = tl.load(codes_at + b * L)
-        else:
-            column = b * L + tl.arange(0, S * L)
-            inside = (n < N)[:, None] & (column < K * L // 64)[None, :]
-            words = tl.load(codes_at + b * L, mask=inside, other=0)
-        if FORMAT == "fp8":  # (behind a row's last column `words` are 0)
-            block = b + tl.arange(0, S)
-            scale = tl.load(scales_at + b // 2, mask=(n < N)[:, None] & (block * 64 < K)[None, :], other=0)
-            scale = cast(scale.to(tl.float32, bitcast=True), tl.bfloat16, INTERPRET)
-        else:
-            group = 2 * b + tl.arange(0, 2 * S)
-            at = (n * (K // 32))[:, None] + group[None, :]
-            four = tl.load(scales_at + at // 4, mask=(n < N)[:, None] & (group * 32 < K)[None, :], other=0)
-            power = (four >> (at % 4 * 8)) & 255
-            scale = tl.where(power == 0, 0x0040, power << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    GROUPS: tl.constexpr = S if FORMAT == "fp8" else 2 * S
-    scale = tl.broadcast_to(scale[:, :, None], (BN, GROUPS, S * L // GROUPS))
-    return decode(words, tl.reshape(scale, (BN, S * L)), BN, S, FORMAT, INTERPRET)
+        words = tl.load(codes_at + b * SUPER, mask=(tl.arange(0, N // 16) < left)[:, None, None], other=0)
+        two = tl.load(scales_at + b * SUPER, mask=(r // 32 * 2 + r // 8 % 2 < left)[:, None], other=0)
+    # [2 tiles, S, L / 8, 2, 4 lines, 16 rows as 2, 8] to rows [2, 2 tiles, 8], columns [S, L / 8, 4, 2]
+    words = tl.reshape(words, (N // 32, 2, S, L // 8, 2, 4, 2, 8))
+    words = tl.reshape(tl.permute(words, (0, 6, 1, 7, 2, 3, 5, 4)), (N, S * L))
+    scale = (two >> (r % 2 * 16)[:, None]).to(tl.int16).to(tl.float16, bitcast=True)
+    scale = _spread(cast(scale, tl.bfloat16, INTERPRET), N, S, L)
+    return decode(words, scale, N, S, FORMAT, INTERPRET)
+
+
+@triton.jit
+def _spread(scale, N: tl.constexpr, S: tl.constexpr, L: tl.constexpr):
+    """Scales of groups of 32 columns [N, 2 S] to those of the dwords [N, S L] in the order of decode."""
+    if L == 8:
+        scale = tl.broadcast_to(tl.reshape(scale, (N, S, 2))[:, :, None, :], (N, S, 4, 2))
+    else:
+        scale = tl.broadcast_to(scale[:, :, None], (N, 2 * S, 8))
+    return tl.reshape(scale, (N, S * L))
+
+
+@triton.jit
+def _rows_at(
+    matrix, scales, n, K: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr
+):  # fmt: skip
+    """Pointers to row-major codes: rows n [N] and the first S blocks of 64 columns as dwords [N, S L], and to
+    the scales: fp8 fp32 [N, S], of mxfp4 only the beginning [N, 1].
+    """
+    L: tl.constexpr = 8 if FORMAT == "mxfp4" else 16
+    codes = matrix.to(tl.pointer_type(tl.int32)) + (n * (K * L // 64))[:, None] + tl.arange(0, S * L)[None, :]
+    words = scales.to(tl.pointer_type(tl.int32))
+    if FORMAT == "fp8":
+        ROW: tl.constexpr = (K + 127) // 128
+        return codes, words + (n // 128 * ROW)[:, None] + (tl.arange(0, S) // 2)[None, :]
+    else:
+        return codes, words + (n * 0)[:, None]
+
+
+@triton.jit
+def _rows(
+    codes_at, scales_at, b, n, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
+    FORMAT: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Blocks b to b + S of rows n [BN] of a matrix [N, K] -> bf16 [BN, 64 S], columns moved."""
+    L: tl.constexpr = 8 if FORMAT == "mxfp4" else 16
+    if N % BN == 0 and K % (64 * S) == 0:
+        words = tl.load(codes_at + b * L)
+    else:
+        column = b * L + tl.arange(0, S * L)
+        inside = (n < N)[:, None] & (column < K * L // 64)[None, :]
+        words = tl.load(codes_at + b * L, mask=inside, other=0)
+    words = tl.permute(tl.reshape(words, (BN, S, L // 8, 2, 4)), (0, 1, 2, 4, 3))
+    words = tl.reshape(words, (BN, S * L))
+    if FORMAT == "fp8":  # (behind a row's last column `words` are 0)
+        block = b + tl.arange(0, S)
+        scale = tl.load(scales_at + b // 2, mask=(n < N)[:, None] & (block * 64 < K)[None, :], other=0)
+        scale = cast(scale.to(tl.float32, bitcast=True), tl.bfloat16, INTERPRET)
+        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BN, S, L)), (BN, S * L))
+    else:
+        group = 2 * b + tl.arange(0, 2 * S)
+        at = (n * (K // 32))[:, None] + group[None, :]
+        four = tl.load(scales_at + at // 4, mask=(n < N)[:, None] & (group * 32 < K)[None, :], other=0)
+        power = (four >> (at % 4 * 8)) & 255
+        scale = tl.where(power == 0, 0x0040, power << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        scale = _spread(scale, BN, S, L)
+    return decode(words, scale, BN, S, FORMAT, INTERPRET)
 
 
 @triton.jit
@@ -364,41 +383,70 @@ def _packed_up_tile(
     token = tl.load(pairs + row0 + m, mask=live, other=0) // top_k
     x_at = x + token.to(tl.int64)[:, None] * LD_X + tl.arange(0, BK)[None, :]
     expert = arena + slot * slot_bytes
+    rows = n0 + tl.arange(0, BN)
+    if TILED:
+        TILES: tl.constexpr = (F + 63) // 64 * 8  # of gate and up
+        ALL: tl.constexpr = TILES * 8 % BN == 0
+        first = n0 // 8
+        if WHOLE:
+            left = TILES - first
+            gate_at, gate_scales = _tiles_at(expert, first, D, 2 * BN, S, 1, FORMAT)
+        else:
+            left = (TILES - first) // 2
+            gate_at, gate_scales = _tiles_at(expert, first, D, BN, S, 2, FORMAT)
+            up_at, up_scales = _tiles_at(expert, first + 1, D, BN, S, 2, FORMAT)
+    else:
+        if WHOLE:
+            r = tl.arange(0, 2 * BN)
+            rows = n0 + r // 16 * 8 + r % 8
+        else:
+            up_at, up_scales = _rows_at(expert + UP, expert + UP_SCALES, rows, D, S, FORMAT)
+        gate_at, gate_scales = _rows_at(expert, expert + GATE_SCALES, rows, D, S, FORMAT)
+        if WHOLE:
+            second = (r // 8 % 2)[:, None]
+            gate_at += second * (UP // 4)
+            gate_scales += second * ((UP_SCALES - GATE_SCALES) // 4)
     if WHOLE:
-        # 8 rows of gate, the same 8 of up, ...: a thread of the product has both, so nothing is exchanged.
-        r = tl.arange(0, 2 * BN)
-        rows = n0 + r // 16 * 8 + r % 8
-        second = r // 8 % 2
-        at = _codes_at(expert, rows, F, D, S, TILED, True, CODES) + (second * (UP // 4))[:, None]
-        scales = _scales_at(expert + GATE_SCALES, rows, D, S, True, FORMAT)
-        scales += (second * ((UP_SCALES - GATE_SCALES) // 4))[:, None]
         acc = tl.zeros((2 * BN, BM), tl.float32)
         for b in tl.range(0, LD_X // 64, S):
             xv = tl.load(x_at + b * 64).T
-            w = _weights(at, scales, b, rows, F, D, 2 * BN, S, True, FORMAT, INTERPRET)
+            if TILED:
+                w = _tiles(gate_at, gate_scales, b, left, ALL, 2 * BN, S, FORMAT, INTERPRET)
+            else:
+                w = _rows(gate_at, gate_scales, b, rows, F, D, 2 * BN, S, FORMAT, INTERPRET)
             acc = _dot(w, xv, acc, INTERPRET)
         gate, up = tl.split(tl.permute(tl.reshape(acc, (BN // 8, 2, 8, BM)), (0, 2, 3, 1)))
         out = cast(activate(gate, up, ACTIVATION, INTERPRET), h.dtype.element_ty, INTERPRET)
         out = tl.reshape(out, (BN, BM)).T
     else:
-        rows = n0 + tl.arange(0, BN)
-        gate_at = _codes_at(expert, rows, F, D, S, TILED, True, CODES)
-        up_at = _codes_at(expert + UP, rows, F, D, S, TILED, True, CODES)
-        gate_scales = _scales_at(expert + GATE_SCALES, rows, D, S, True, FORMAT)
-        up_scales = _scales_at(expert + UP_SCALES, rows, D, S, True, FORMAT)
         gate = tl.zeros((BN, BM), tl.float32)
         up = tl.zeros((BN, BM), tl.float32)
         for b in tl.range(0, LD_X // 64, S):
             xv = tl.load(x_at + b * 64).T
-            w = _weights(gate_at, gate_scales, b, rows, F, D, BN, S, True, FORMAT, INTERPRET)
+            if TILED:
+                w = _tiles(gate_at, gate_scales, b, left, ALL, BN, S, FORMAT, INTERPRET)
+            else:
+                w = _rows(gate_at, gate_scales, b, rows, F, D, BN, S, FORMAT, INTERPRET)
             gate = _dot(w, xv, gate, INTERPRET)
-            w = _weights(up_at, up_scales, b, rows, F, D, BN, S, True, FORMAT, INTERPRET)
+            if TILED:
+                w = _tiles(up_at, up_scales, b, left, ALL, BN, S, FORMAT, INTERPRET)
+            else:
+                w = _rows(up_at, up_scales, b, rows, F, D, BN, S, FORMAT, INTERPRET)
             up = _dot(w, xv, up, INTERPRET)
-        out = cast(activate(gate, up, ACTIVATION, INTERPRET), h.dtype.element_ty, INTERPRET).T
-    out = tl.permute(tl.reshape(out, (BM, BN // 64, L, CODES)), (0, 1, 3, 2))
-    n = n0 + tl.arange(0, BN)
-    at = h + (row0 + m).to(tl.int64)[:, None] * LD_H + n[None, :]
-    tl.store(at, tl.reshape(out, (BM, BN)), mask=live[:, None] & (n < LD_H)[None, :])
+        out = cast(activate(gate, up, ACTIVATION, INTERPRET), h.dtype.element_ty, INTERPRET)
+        if TILED:
+            out = tl.permute(tl.reshape(out, (BN // 32, 2, 2, 8, BM)), (0, 2, 1, 3, 4))
+        out = tl.reshape(out, (BN, BM)).T
+    n = tl.arange(0, BN)
+    if BN % 64 == 0:  # what is stored together is moved together first
+        out = tl.reshape(out, (BM, BN // 64, L // 8, 2, 4, CODES))
+        out = tl.reshape(tl.permute(out, (0, 1, 5, 2, 4, 3)), (BM, BN))
+        column = n0 + n
+    else:
+        line = (n0 + n) % 64 // CODES
+        column = n0 // 64 * 64 + n % CODES * L + line // 8 * 8 + line % 4 * 2 + line // 4 % 2
+    at = h + (row0 + m).to(tl.int64)[:, None] * LD_H + column[None, :]
+    tl.store(at, out, mask=live[:, None] & (column < LD_H)[None, :])
 
 
 @triton.jit
@@ -463,26 +511,41 @@ def _packed_down_tile(
     Of 256 rows as one the compiler exchanges scales through shared memory.
     """
     TILED: tl.constexpr = FORMAT == "int4" or FORMAT == "int8"
-    CODES: tl.constexpr = 8 if FORMAT == "int4" or FORMAT == "mxfp4" else 4
     S: tl.constexpr = BK // 64
     PART: tl.constexpr = BN if WHOLE else BN // 2
     m = m0 + tl.arange(0, BM)
     n = n0 + tl.arange(0, PART)
     h_at = h + (row0 + tl.minimum(m, count - 1)).to(tl.int64)[:, None] * LD_H + tl.arange(0, BK)[None, :]
     expert = arena + slot * slot_bytes
-    at0 = _codes_at(expert + DOWN, n, D, F, S, TILED, False, CODES)
-    scales0 = _scales_at(expert + DOWN_SCALES, n, F, S, False, FORMAT)
+    if TILED:
+        TILES: tl.constexpr = (D + 15) // 16
+        ALL: tl.constexpr = TILES * 16 % BN == 0
+        first = n0 // 16
+        at0, scales0 = _tiles_at(expert + DOWN, first, F, PART, S, 1, FORMAT)
+        if not WHOLE:
+            at1, scales1 = _tiles_at(expert + DOWN, first + PART // 16, F, PART, S, 1, FORMAT)
+        r = tl.arange(0, PART)
+        n = n0 + r // 32 * 32 + r // 8 % 2 * 16 + r // 16 % 2 * 8 + r % 8
+    else:
+        at0, scales0 = _rows_at(expert + DOWN, expert + DOWN_SCALES, n, F, S, FORMAT)
+        if not WHOLE:
+            at1, scales1 = _rows_at(expert + DOWN, expert + DOWN_SCALES, n + PART, F, S, FORMAT)
     acc0 = tl.zeros((PART, BM), tl.float32)
     if not WHOLE:
-        at1 = _codes_at(expert + DOWN, n + PART, D, F, S, TILED, False, CODES)
-        scales1 = _scales_at(expert + DOWN_SCALES, n + PART, F, S, False, FORMAT)
         acc1 = tl.zeros((PART, BM), tl.float32)
     for b in tl.range(0, LD_H // 64, S):
         hv = tl.load(h_at + b * 64).T
-        w = _weights(at0, scales0, b, n, D, F, PART, S, False, FORMAT, INTERPRET)
+        if TILED:
+            w = _tiles(at0, scales0, b, TILES - first, ALL, PART, S, FORMAT, INTERPRET)
+        else:
+            w = _rows(at0, scales0, b, n, D, F, PART, S, FORMAT, INTERPRET)
         acc0 = _dot(w, hv, acc0, INTERPRET)
         if not WHOLE:
-            w = _weights(at1, scales1, b, n + PART, D, F, PART, S, False, FORMAT, INTERPRET)
+            if TILED:
+                left = TILES - first - PART // 16
+                w = _tiles(at1, scales1, b, left, ALL, PART, S, FORMAT, INTERPRET)
+            else:
+                w = _rows(at1, scales1, b, n + PART, D, F, PART, S, FORMAT, INTERPRET)
             acc1 = _dot(w, hv, acc1, INTERPRET)
     live = m < count
     row = tl.load(pairs + row0 + m, mask=live, other=0).to(tl.int64)

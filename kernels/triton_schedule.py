@@ -48,7 +48,9 @@ def _convert(
         source = column
         if CODES:
             L: tl.constexpr = 64 // CODES
-            source = column // 64 * 64 + column % L * CODES + column % 64 // L
+            k = column % L
+            line = k // 8 * 8 + k % 2 * 4 + k % 8 // 2
+            source = column // 64 * 64 + line * CODES + column % 64 // L
         value = tl.load(h + token * D + source, mask=source < D, other=0.0)
         value = cast(value, x.dtype.element_ty, INTERPRET)
         tl.store(x + token * LD_X + column, value, mask=column < LD_X)
