@@ -93,11 +93,11 @@ def _linear_tiles(
     wait_for_inputs(PDL)
     rms = rms_scales(x, COLUMNS, C, eps, T, NORM)
     y = tiles_product(
-        words, scales, base, first, last, x, x, norm, rms, COLUMNS, T, R, L, BITS, NORM, False, EXACT
+        words, scales, base, first, last, x, x, norm, COLUMNS, T, R, L, BITS, NORM, False, EXACT
     )
     row = first * 16 + tl.arange(0, 16 * R)
     for t in tl.static_range(T):
-        _finish(tl.reshape(y[t], (16 * R,)), out, rows, row, t, bias, BIAS, RESIDUAL)
+        _finish(tl.reshape(y[t], (16 * R,)) * rms[t], out, rows, row, t, bias, BIAS, RESIDUAL)
 
 
 @triton.jit
@@ -111,10 +111,10 @@ def _linear_rows(
     weights, scales = load_block(base, base, first, rows, 0, COLUMNS, L, R, FORMAT)
     wait_for_inputs(PDL)
     rms = rms_scales(x, COLUMNS, C, eps, T, NORM)
-    y = rows_product(weights, scales, base, base, first, rows, x, norm, rms, COLUMNS, T, R, L, FORMAT, NORM)
+    y = rows_product(weights, scales, base, base, first, rows, x, norm, COLUMNS, T, R, L, FORMAT, NORM)
     row = first + tl.arange(0, R)
     for t in tl.static_range(T):
-        _finish(y[t], out, rows, row, t, bias, BIAS, RESIDUAL)
+        _finish(y[t] * rms[t], out, rows, row, t, bias, BIAS, RESIDUAL)
 
 
 def linear(
@@ -380,7 +380,7 @@ def _up_tiles(
         base = arena + slot.to(tl.int64) * stride
         words, scales = load_tiles(base, 4 * group, 4 * GROUPS, 0, LINES, L, BITS, 4)
         y = tiles_product(
-            words, scales, base, 4 * group, 4 * GROUPS, x + pair // K * D, x, x, (1.0,), D, 1, 4, L, BITS,
+            words, scales, base, 4 * group, 4 * GROUPS, x + pair // K * D, x, x, D, 1, 4, L, BITS,
             False, False, EXACT,
         )  # fmt: skip
         gate, up = tl.split(tl.permute(tl.reshape(y[0], (2, 2, 16)), (0, 2, 1)))  # tiles alternate
@@ -411,7 +411,7 @@ def _down_tiles(
     if slot >= 0:
         of_pair = h + pair * WIDTH if EXACT else h.to(tl.pointer_type(tl.int32)) + pair * (WIDTH // 4)
         y = tiles_product(
-            words, scales, base, first, last, of_pair, h_scales + pair * (WIDTH // 32), h, (1.0,), WIDTH, 1,
+            words, scales, base, first, last, of_pair, h_scales + pair * (WIDTH // 32), h, WIDTH, 1,
             R, L, BITS, False, True, EXACT,
         )  # fmt: skip
         row = first * 16 + tl.arange(0, 16 * R)
@@ -434,10 +434,10 @@ def _up_rows(
         g, g_scales = load_block(base, base + GATE_SCALES, first, F, 0, D, C, R, FORMAT)
         u, u_scales = load_block(base + UP, base + UP_SCALES, first, F, 0, D, C, R, FORMAT)
         gate = rows_product(
-            g, g_scales, base, base + GATE_SCALES, first, F, x, x, (1.0,), D, 1, R, C, FORMAT, False
+            g, g_scales, base, base + GATE_SCALES, first, F, x, x, D, 1, R, C, FORMAT, False
         )
         up = rows_product(
-            u, u_scales, base + UP, base + UP_SCALES, first, F, x, x, (1.0,), D, 1, R, C, FORMAT, False
+            u, u_scales, base + UP, base + UP_SCALES, first, F, x, x, D, 1, R, C, FORMAT, False
         )
         row = first + tl.arange(0, R)
         tl.store(h + pair * F + row, _activate(gate[0], up[0], ACTIVATION), mask=row < F)
@@ -458,7 +458,7 @@ def _down_rows(
     wait_for_inputs(PDL)
     if slot >= 0:
         y = rows_product(
-            weights, scales, base, scale_base, first, last, h + pair * F, h, (1.0,), F, 1, R, C, FORMAT, False
+            weights, scales, base, scale_base, first, last, h + pair * F, h, F, 1, R, C, FORMAT, False
         )
         row = first + tl.arange(0, R)
         tl.store(products + pair * D + row, y[0], mask=row < D)

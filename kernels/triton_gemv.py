@@ -45,11 +45,11 @@ def rms_scales(x, columns: tl.constexpr, C: tl.constexpr, eps, T: tl.constexpr, 
 
 
 @triton.jit
-def load_columns(x, norm, scale, at, mask, NORM: tl.constexpr):
-    """x at the columns `at`, normed if NORM."""
+def load_columns(x, norm, at, mask, NORM: tl.constexpr):
+    """x at the columns `at`, if NORM times a norm's weight: 1 / rms is left for the product's end."""
     v = tl.load(x + at, mask=mask, other=0.0)
     if NORM:
-        v = v * scale * tl.load(norm + at, mask=mask, other=0.0)
+        v = v * tl.load(norm + at, mask=mask, other=0.0)
     return v
 
 
@@ -84,7 +84,7 @@ def pack_bytes(codes, DWORDS: tl.constexpr):
 
 @triton.jit
 def quantised_lines(
-    x, norm, scale, begin, columns: tl.constexpr, L: tl.constexpr, BITS: tl.constexpr,
+    x, norm, begin, columns: tl.constexpr, L: tl.constexpr, BITS: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
     """x [columns] fp32 as L lines of packed tiles, from line `begin`, meet it.
@@ -93,7 +93,7 @@ def quantised_lines(
     """
     GROUPS: tl.constexpr = L // BITS
     at = (begin // BITS * 32 + 32 * tl.arange(0, GROUPS))[:, None] + tl.arange(0, 32)[None, :]
-    codes, scales = quantise(load_columns(x, norm, scale, at, at < columns, NORM))
+    codes, scales = quantise(load_columns(x, norm, at, at < columns, NORM))
     dwords = pack_bytes(codes, 8 * GROUPS)
     scales = tl.reshape(tl.broadcast_to(scales[:, None], (GROUPS, BITS)), (L,))
     if BITS == 4:
@@ -149,21 +149,21 @@ def load_tiles(
 
 @triton.jit
 def tiles_product(
-    words, scales, base, first, last, x, x_scales, norm, rms, columns: tl.constexpr, T: tl.constexpr,
+    words, scales, base, first, last, x, x_scales, norm, columns: tl.constexpr, T: tl.constexpr,
     R: tl.constexpr, L: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, STORED: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
     """R tiles times T tokens, x [T, columns] -> a tuple of T results [R, 16].
 
-    words, scales: what load_tiles gave for the first L lines. x is fp32, normed with rms (a tuple of T) if
-    NORM, and rounded unless EXACT; or if STORED, int8 codes as dwords, with x_scales.
+    words, scales: what load_tiles gave for the first L lines. x is fp32, times norm if NORM, and
+    rounded unless EXACT; or if STORED, int8 codes as dwords, with x_scales.
     """
     LINES: tl.constexpr = (columns + 63) // 64 * 2 * BITS
     if LINES <= L:
         results = ()
         for t in tl.static_range(T):
             product = _tiles_chunk(
-                words, scales, x + t * columns, x_scales, norm, rms[t], 0, columns, R, L, BITS, NORM, STORED,
+                words, scales, x + t * columns, x_scales, norm, 0, columns, R, L, BITS, NORM, STORED,
                 EXACT,
             )  # fmt: skip
             results = results + (tl.sum(product, axis=1),)
@@ -178,7 +178,7 @@ def tiles_product(
             added = ()
             for t in tl.static_range(T):
                 product = _tiles_chunk(
-                    words, scales, x + t * columns, x_scales, norm, rms[t], begin, columns, R, L, BITS, NORM,
+                    words, scales, x + t * columns, x_scales, norm, begin, columns, R, L, BITS, NORM,
                     STORED, EXACT,
                 )  # fmt: skip
                 added = added + (sums[t] + product,)
@@ -192,17 +192,17 @@ def tiles_product(
 
 @triton.jit
 def _tiles_chunk(
-    words, scales, x, x_scales, norm, rms, begin, columns: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
+    words, scales, x, x_scales, norm, begin, columns: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
     BITS: tl.constexpr, NORM: tl.constexpr, STORED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Lines begin to begin + L, times one token -> [R, L, 16]: still to be summed."""
     if EXACT:
-        return _times_floats(words, scales, x, norm, rms, begin, columns, R, L, BITS, NORM)
+        return _times_floats(words, scales, x, norm, begin, columns, R, L, BITS, NORM)
     elif STORED:
         low, high, factor = stored_lines(x, x_scales, begin, (columns + 63) // 64 * 2 * BITS, L, BITS)
         return _times_lines(words, scales, low, high, factor, R, L, BITS)
     else:
-        low, high, factor = quantised_lines(x, norm, rms, begin, columns, L, BITS, NORM)
+        low, high, factor = quantised_lines(x, norm, begin, columns, L, BITS, NORM)
         return _times_lines(words, scales, low, high, factor, R, L, BITS)
 
 
@@ -236,7 +236,7 @@ def _times_lines(words, scales, low, high, factor, R: tl.constexpr, L: tl.conste
 
 @triton.jit
 def _times_floats(
-    words, scales, x, norm, rms, begin, columns: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
+    words, scales, x, norm, begin, columns: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
     BITS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """words, scales [R, L, 16] times x as it is -> [R, L, 16]."""
@@ -246,7 +246,7 @@ def _times_floats(
     ZERO: tl.constexpr = 8.0 if BITS == 4 else 128.0
     for j in tl.static_range(WIDE):
         at = WIDE * line + j
-        v = load_columns(x, norm, rms, at, at < columns, NORM)
+        v = load_columns(x, norm, at, at < columns, NORM)
         code = (words >> (8 * (j % 4) + j // 4 * 4)) & (15 if BITS == 4 else 255)
         sum += (code.to(tl.float32) - ZERO) * v[None, :, None]
     return sum * scales.to(tl.float32)
@@ -299,10 +299,10 @@ def load_block(
 
 @triton.jit
 def rows_product(
-    weights, scales, base, scale_base, first, last, x, norm, rms, columns: tl.constexpr, T: tl.constexpr,
+    weights, scales, base, scale_base, first, last, x, norm, columns: tl.constexpr, T: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, FORMAT: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """R rows times T tokens, x [T, columns] fp32, normed with rms (a tuple of T) if NORM -> a tuple of T [R].
+    """R rows times T tokens, x [T, columns] fp32, times norm if NORM -> a tuple of T [R].
 
     weights, scales: what load_block gave for the first C columns.
     """
@@ -310,7 +310,7 @@ def rows_product(
         results = ()
         for t in tl.static_range(T):
             product = _block_times(
-                weights, scales, x + t * columns, norm, rms[t], 0, columns, C, R, FORMAT, NORM
+                weights, scales, x + t * columns, norm, 0, columns, C, R, FORMAT, NORM
             )
             results = results + (tl.sum(product, axis=1),)
         return results
@@ -326,7 +326,7 @@ def rows_product(
             added = ()
             for t in tl.static_range(T):
                 product = _block_times(
-                    weights, scales, x + t * columns, norm, rms[t], begin, columns, C, R, FORMAT, NORM
+                    weights, scales, x + t * columns, norm, begin, columns, C, R, FORMAT, NORM
                 )
                 added = added + (sums[t] + product,)
             sums = added
@@ -339,7 +339,7 @@ def rows_product(
 
 @triton.jit
 def _block_times(
-    weights, scales, x, norm, rms, begin, columns: tl.constexpr, C: tl.constexpr,
+    weights, scales, x, norm, begin, columns: tl.constexpr, C: tl.constexpr,
     R: tl.constexpr, FORMAT: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """What load_block gave, times its columns of x -> [R, C], of mxfp4 [R, C / 32]: still to be summed.
@@ -349,15 +349,15 @@ def _block_times(
     """
     if FORMAT == "mxfp4":
         c = begin + 2 * tl.arange(0, C // 2)
-        even = load_columns(x, norm, rms, c, c < columns, NORM) * 9223372036854775808.0  # 2 ** 63
-        odd = load_columns(x, norm, rms, c + 1, c < columns, NORM) * 9223372036854775808.0
+        even = load_columns(x, norm, c, c < columns, NORM) * 9223372036854775808.0  # 2 ** 63
+        odd = load_columns(x, norm, c + 1, c < columns, NORM) * 9223372036854775808.0
         pairs = weights.to(tl.int32)
         sums = _e2m1(pairs) * even[None, :] + _e2m1(pairs >> 4) * odd[None, :]
         sums = tl.sum(tl.reshape(sums, (R, C // 32, 16)), axis=2)
         return sums * (_e8m0(scales) * 9223372036854775808.0)
     else:
         c = begin + tl.arange(0, C)
-        v = load_columns(x, norm, rms, c, c < columns, NORM)
+        v = load_columns(x, norm, c, c < columns, NORM)
         if FORMAT == "fp8":
             v = v * 1152921504606846976.0 * (scales * 1152921504606846976.0)  # 2 ** 60
             bits = weights.to(tl.int32)
