@@ -91,10 +91,10 @@ def _linear_tiles(
     first, last = tl.program_id(0) * R, (rows + 15) // 16
     words, scales = load_tiles(base, first, last, 0, LINES, L, BITS, R)
     wait_for_inputs(PDL)
-    rms = rms_scales(x, COLUMNS, C, eps, T, NORM)
     y = tiles_product(
         words, scales, base, first, last, x, x, norm, COLUMNS, T, R, L, BITS, NORM, False, EXACT
     )
+    rms = rms_scales(x, COLUMNS, C, eps, T, NORM)  # last: x is in L1 now
     row = first * 16 + tl.arange(0, 16 * R)
     for t in tl.static_range(T):
         _finish(tl.reshape(y[t], (16 * R,)) * rms[t], out, rows, row, t, bias, BIAS, RESIDUAL)
@@ -110,8 +110,8 @@ def _linear_rows(
     first = tl.program_id(0) * R
     weights, scales = load_block(base, base, first, rows, 0, COLUMNS, L, R, FORMAT)
     wait_for_inputs(PDL)
-    rms = rms_scales(x, COLUMNS, C, eps, T, NORM)
     y = rows_product(weights, scales, base, base, first, rows, x, norm, COLUMNS, T, R, L, FORMAT, NORM)
+    rms = rms_scales(x, COLUMNS, C, eps, T, NORM)  # last: x is in L1 now
     row = first + tl.arange(0, R)
     for t in tl.static_range(T):
         _finish(y[t] * rms[t], out, rows, row, t, bias, BIAS, RESIDUAL)
