@@ -124,8 +124,8 @@ class VramCache:
         ordinal = self._ordinals[layer]
         self._counters.hits += len(ids)
         self._open = True
-        self._observe_below(ordinal, ids, weights, scores, token)
-        if self._evicts:  # if not, nobody needs to watch
+        self._observe_below(ordinal, ids, (weights, scores, token))
+        if self._evicts:
             self._up.look_up(ordinal, ids, weights, scores, token)
             self._up.settle()
         self._give_up_guesses(ordinal)
@@ -145,7 +145,8 @@ class VramCache:
         recovered = self._begin_event()
         ordinal = self._ordinals[layer]
         missing = [key for expert in ids if (key := (ordinal, expert)) not in self._slots]
-        in_ram = [key for key in missing if key in self.ram.lower]
+        below = self.ram.lower
+        in_ram = [key for key in missing if key in below]
         if len(in_ram) < len(missing):
             at_hand = {*in_ram, *self._staged}
             self.ram.read_early(key for key in missing if key not in at_hand)
@@ -355,7 +356,7 @@ class VramCache:
         time until the GPU has been given the event's work."""
         event.is_decided = True
         ordinal, rising = event.ordinal, event.rising
-        self._observe_below(ordinal, event.ids, *event.seen)
+        self._observe_below(ordinal, event.ids, event.seen)
         self._up.look_up(ordinal, event.ids, *event.seen)
         leaving = self._up.make_room(ordinal, len(rising)) if rising else []
         if event.missing:
@@ -379,16 +380,9 @@ class VramCache:
         self._up.arrived(key)
         self.ram.copied(key)
 
-    def _observe_below(
-        self,
-        ordinal: int,
-        ids: Sequence[int],
-        weights: Sequence[float],
-        scores: Sequence[float] | None,
-        token: int,
-    ) -> None:
-        if not self.ram.lower.all_fit:
-            self.ram.policy.step(ordinal, ids, weights, scores, token)
+    def _observe_below(self, ordinal: int, ids: Sequence[int], seen: _Seen) -> None:
+        if not self.ram.lower.all_fit:  # else nobody leaves
+            self.ram.policy.step(ordinal, ids, *seen)
 
     def _share_of_cpu(self, misses: int) -> int:
         """How many of the misses that are in RAM the CPU computes; PCIe's idle time is noted."""
