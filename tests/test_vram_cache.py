@@ -23,7 +23,7 @@ from cache_policies.policy import Geometry
 from cache_policies.registry import POLICY_NAMES, make_policy
 from cache_policies.replay import replay, serving_order
 from cache_policies.routing_trace import RoutingTrace
-from flashmoe.copy_engine import HostCopyEngine, Ticket
+from flashmoe.copy_engine import CudaCopyEngine, HostCopyEngine, Ticket
 from flashmoe.expert_cache import ExpertCache
 from flashmoe.expert_placement import Placement
 from flashmoe.vram_cache import ABSENT, VramCache
@@ -66,14 +66,12 @@ class LazyEngine(HostCopyEngine):
         self.ins, self.outs, self.compute = Queue(), Queue(), Queue()
         self.random = random.Random(seed)
         self.pinned: list[int] = []
-        self.copied_out = 0
 
     def copy_in(self, slot: int, addresses: Addresses) -> None:
         self.ins.add(lambda: HostCopyEngine.copy_in(self, slot, addresses))
         self._dawdle()
 
     def copy_out(self, slot: int, addresses: Addresses) -> None:
-        self.copied_out += 1
         self.outs.add(lambda: HostCopyEngine.copy_out(self, slot, addresses))
         self._dawdle()
 
@@ -109,8 +107,16 @@ class LazyEngine(HostCopyEngine):
     def unpin(self, address: int) -> None:
         self.pinned.remove(address)
 
-    def slot_holds(self, slot: int) -> set[float]:
-        return set(self._arena[slot, :EXPERT_BYTES].view(torch.float32).tolist())
+    def check(self, slot: int, number: float) -> None:
+        assert set(self._arena[slot, :EXPERT_BYTES].view(torch.float32).tolist()) == {number}
+
+    def compute_with(self, slot: int, number: float) -> None:
+        """Check the slot's bytes when the GPU gets there."""
+        self.compute.add(lambda: self.check(slot, number))
+        self._dawdle()
+
+    def finish_computing(self) -> None:
+        self.compute.run(self.compute.asked)
 
     def _queue(self, ticket: Ticket) -> Queue:
         return self.ins if ticket >= 0 else self.outs
@@ -125,20 +131,34 @@ def _nothing() -> None:
     pass
 
 
+class RealEngine(CudaCopyEngine):
+    """A GPU's own timing."""
+
+    def __init__(self, slots: int) -> None:
+        super().__init__(torch.zeros(slots, 128, dtype=torch.uint8, device="cuda"), LAYOUT)
+        self.wrong = torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    def compute_with(self, slot: int, number: float) -> None:
+        self.wrong += (self._arena[slot, :EXPERT_BYTES].view(torch.float32) != number).sum()
+
+    def finish_computing(self) -> None:
+        assert self.wrong.item() == 0
+
+
 @dataclass
 class Tiers:
     """A VRAM cache, what is below it, and how to run events as a decoder does."""
 
     cache: VramCache
     drive: PatientDrive
-    engine: LazyEngine
+    engine: LazyEngine | RealEngine
     table: np.ndarray
     after_error: bool = False  # an event was cut short, and none has begun since
 
     def decode(self, layer: int, routed: Sequence[int], token: int = -1) -> list[int]:
         """One token's event; the bytes of every expert are checked when the GPU computes it. Returns those
         that the CPU computed."""
-        self.engine.compute.run(self.engine.compute.asked)  # what the cache may rely on
+        self.engine.finish_computing()  # what the cache may rely on
         weights = [1.0] * len(routed)
         if self.cache.all_resident(layer, routed):
             self._compute(layer, [(e, int(self.table[layer, e])) for e in routed])
@@ -172,11 +192,7 @@ class Tiers:
 
     def _compute(self, layer: int, experts: Sequence[tuple[int, int]]) -> None:
         for expert, slot in experts:
-            self.engine.compute.add(lambda e=expert, s=slot: self._check(layer, e, s))  # type: ignore[misc]
-        self.engine._dawdle()
-
-    def _check(self, layer: int, expert: int, slot: int) -> None:
-        assert self.engine.slot_holds(slot) == {100.0 * layer + expert}
+            self.engine.compute_with(slot, 100.0 * layer + expert)
 
     def check(self) -> None:
         """Between events: ids, slots and table agree, in both tiers."""
@@ -194,17 +210,19 @@ class Tiers:
         others = (*ram._guesses.values(), *ram._staged.values(), *ram._cancelled)
         used = [*(r.slot for r in (*ram._residents.values(), *others)), *ram._free]
         assert sorted(used) == list(range(ram.slots))
-        for queue in (self.engine.compute, self.engine.ins, self.engine.outs):
-            queue.run(queue.asked)
+        self.engine.finish_computing()
+        self.engine.wait(self.engine.mark())
+        self.engine.wait(self.engine.mark_out())
         for (layer, expert), slot in vram._slots.items():
-            self._check(layer, expert, slot)
+            self.engine.compute_with(slot, 100.0 * layer + expert)
+        self.engine.finish_computing()
         for (layer, expert), resident in ram._residents.items():
             check_bytes(layer, expert, resident.addresses)
 
 
 def make_tiers(
     vram: int, ram: int, policy: str = "lru", below: str | None = None, spare: int = 3, ram_spare: int = 0,
-    placement: Placement | None = None, seed: int = 0, per_layer: bool = False,
+    placement: Placement | None = None, seed: int = 0, per_layer: bool = False, real: bool = False,
 ) -> Tiers:  # fmt: skip
     """`vram`, `ram`: capacities, in all or with `per_layer` of each layer."""
     drive = PatientDrive()
@@ -217,7 +235,8 @@ def make_tiers(
     )
     geometry = Geometry(LAYERS, EXPERTS, TOP_K, vram, per_layer)
     slots = vram * (LAYERS if per_layer else 1) + spare
-    engine, table = LazyEngine(slots, seed), np.zeros((LAYERS, EXPERTS), dtype=np.int32)
+    engine = RealEngine(slots) if real else LazyEngine(slots, seed)
+    table = np.zeros((LAYERS, EXPERTS), dtype=np.int32)
     cache = VramCache(lower, make_policy(policy, geometry), geometry, engine, table, placement, spare)
     return Tiers(cache, drive, engine, table)
 
@@ -266,7 +285,7 @@ def test_any_mix_of_events_computes_with_the_right_bytes_within_the_slots(
             tiers.decode(layer, routed)
         tiers.check()
     tiers.cache.close()
-    assert tiers.engine.pinned == []
+    assert isinstance(tiers.engine, LazyEngine) and tiers.engine.pinned == []
 
 
 def serve(tiers: Tiers, seed: int, events: int = 60) -> None:
@@ -362,7 +381,7 @@ def test_two_tiers_that_hold_all_experts_together_read_each_of_them_once(spare: 
 def test_nothing_is_copied_out_while_ram_has_everything() -> None:
     tiers = make_tiers(6, 24)
     serve(tiers, 5)
-    assert tiers.engine.copied_out == 0 and len(tiers.drive.asked) == len(set(tiers.drive.asked)) <= 24
+    assert tiers.cache.counters.bytes_out == 0 and len(tiers.drive.asked) == len(set(tiers.drive.asked)) <= 24
     assert tiers.cache.ram._residents.keys() == tiers.cache.resident | tiers.cache.ram.lower.residents
 
 
@@ -370,7 +389,7 @@ def test_what_falls_keeps_its_bytes_and_is_not_read_again() -> None:
     tiers = make_tiers(2, 2)
     tiers.decode(0, [0, 1])
     tiers.decode(0, [2, 3])  # read into the only two slots, where 0 and 1 had their copies
-    assert tiers.engine.copied_out == 2
+    assert tiers.cache.counters.bytes_out == 2 * EXPERT_BYTES
     tiers.decode(0, [0, 1])
     assert len(tiers.drive.asked) == 4
     tiers.check()
@@ -469,6 +488,16 @@ def test_an_event_given_up_half_way_is_put_in_order_by_the_next(where: str) -> N
     tiers.check()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("vram", "ram"), [(4, 5), (7, 9), (10, 14), (4, 24)])
+def test_a_gpu_computes_with_the_right_bytes(vram: int, ram: int) -> None:
+    tiers = make_tiers(vram, ram, "lfu-aged", placement=Placement("auto", 1.0, 1.0, 0.0), real=True)
+    for seed in range(5):
+        serve(tiers, seed)
+        tiers.check()
+    tiers.cache.close()
+
+
 LINES = ("flashmoe/vram_cache.py", "flashmoe/expert_cache.py", "cache_policies/residency.py",
          "cache_policies/lower_tier.py")  # fmt: skip
 
@@ -520,6 +549,7 @@ def test_a_ctrl_c_before_any_line_leaves_both_tiers_usable(
         else:
             break
         tiers.after_error = tiers.cache._open
+        assert isinstance(tiers.engine, LazyEngine)
         tiers.engine.compute.work.clear()
         tiers.engine.compute.done = tiers.engine.compute.asked
         serve(tiers, 10, 9)
