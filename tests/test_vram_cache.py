@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from test_expert_cache import EXPERT_BYTES, MATRIX_BYTES, check_bytes
 from test_prefetch import PatientDrive
 
@@ -23,13 +25,17 @@ from cache_policies.policy import Geometry
 from cache_policies.registry import POLICY_NAMES, make_policy
 from cache_policies.replay import replay, serving_order
 from cache_policies.routing_trace import RoutingTrace
+from flashmoe.config import load_model_config
 from flashmoe.copy_engine import CudaCopyEngine, HostCopyEngine, Ticket
 from flashmoe.expert_cache import ExpertCache
 from flashmoe.expert_placement import Placement
 from flashmoe.vram_cache import ABSENT, VramCache
+from flashmoe.weights import CheckpointLayout
 from kernels.expert_ffn import Addresses
 from kernels.expert_slots import slot_layout
-from storage.expert_reader import ReadPlan, Run
+from storage.checkpoint import open_checkpoint
+from storage.expert_reader import ReadPlan, Run, open_reader, plan_read
+from storage.read_queue import ReadQueue
 from storage.storage_errors import ReadError
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
@@ -486,6 +492,36 @@ def test_an_event_given_up_half_way_is_put_in_order_by_the_next(where: str) -> N
     assert sorted(place for place, _ in event.late()) == [0, 1]  # also what the table has by now
     event.settle()
     tiers.check()
+
+
+@pytest.mark.parametrize(("vram", "ram"), [(3, 4), (6, 7), (5, 24)])
+def test_a_checkpoints_own_bytes_come_through_real_reads(tiny_model: Path, vram: int, ram: int) -> None:
+    config = load_model_config(tiny_model)
+    layout = CheckpointLayout(open_checkpoint(tiny_model), config)
+    shards, shard_bytes = layout.checkpoint.shards, layout.checkpoint.shard_bytes
+    plans = {key: plan_read(expert.extents, shard_bytes) for key, expert in layout.experts.items()}
+    reader = open_reader("buffered", shards, shard_bytes)
+    geometry = Geometry(LAYERS, EXPERTS, TOP_K, ram)
+    below = ExpertCache(plans, reader, ReadQueue(reader), make_policy("lru", geometry), geometry, 2)
+    slot = slot_layout("bf16", config.hidden_size, config.moe_intermediate_size)
+    arena = torch.zeros(vram + 2, slot.bytes, dtype=torch.uint8)
+    geometry, table = Geometry(LAYERS, EXPERTS, TOP_K, vram), np.zeros((LAYERS, EXPERTS), dtype=np.int32)
+    engine = HostCopyEngine(arena, slot)
+    cache = VramCache(below, make_policy("lru", geometry), geometry, engine, table, None, 2)
+    weights = load_file(tiny_model / "model.safetensors")
+    draw = random.Random(0)
+    for event in range(60):
+        layer, routed = event % LAYERS, draw.sample(range(EXPERTS), 2)
+        if not cache.all_resident(layer, routed):
+            miss = cache.fetch(layer, routed, [0.5, 0.5])
+            cache.prefetch([((layer + 1) % LAYERS, draw.randrange(EXPERTS))], 1)
+            miss.late()
+            miss.settle()
+        for expert in routed:
+            name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
+            parts = [weights[f"{name}{part}.weight"].flatten() for part in ("w1", "w3", "w2")]
+            assert torch.equal(arena[table[layer, expert]], torch.cat(parts).view(torch.uint8))
+    cache.close()
 
 
 @pytest.mark.gpu
