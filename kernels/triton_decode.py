@@ -57,13 +57,13 @@ class GpuMatrix(NamedTuple):
 class Shape(NamedTuple):
     """What a program of a kernel takes on.
 
-    rows of the weight, or tiles of 16 (up of packed experts: always 2 of gate and 2 of up). chunk: columns,
-    or lines of a tile, at once: a power of two.
+    rows of the weight, or tiles of 16 (up of packed experts: always 2 of gate and 2 of up), and how many of
+    their columns at once, a power of two from 64.
     """
 
     rows: int
     warps: int
-    chunk: int
+    columns: int
 
 
 # ---- dense -------------------------------------------------------------------------------------------------
@@ -83,18 +83,17 @@ def _finish(y, out, rows, row, t: tl.constexpr, bias, BIAS: tl.constexpr, RESIDU
 @triton.jit
 def _linear_tiles(
     x, base, out, norm, bias, eps, rows, COLUMNS: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
-    L: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    C: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R tiles a program."""
-    LINES: tl.constexpr = (COLUMNS + 63) // 64 * 2 * BITS
     first, last = tl.program_id(0) * R, (rows + 15) // 16
-    words, scales = load_tiles(base, first, last, 0, LINES, L, BITS, R)
+    words, scales = load_tiles(base, first, last, 0, COLUMNS, C, BITS, R)
     wait_for_inputs(PDL)
     y = tiles_product(
-        words, scales, base, first, last, x, x, norm, COLUMNS, T, R, L, BITS, NORM, False, EXACT
+        words, scales, base, first, last, x, x, norm, COLUMNS, T, R, C, BITS, NORM, False, EXACT
     )
-    rms = rms_scales(x, COLUMNS, C, eps, T, NORM)  # last: x is in L1 now
+    rms = rms_scales(x, COLUMNS, PADDED, eps, T, NORM)  # last: x is in L1 now
     row = first * 16 + tl.arange(0, 16 * R)
     for t in tl.static_range(T):
         _finish(tl.reshape(y[t], (16 * R,)) * rms[t], out, rows, row, t, bias, BIAS, RESIDUAL)
@@ -103,15 +102,15 @@ def _linear_tiles(
 @triton.jit
 def _linear_rows(
     x, base, out, norm, bias, eps, rows, COLUMNS: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
-    L: tl.constexpr, C: tl.constexpr, FORMAT: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    C: tl.constexpr, PADDED: tl.constexpr, FORMAT: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R rows a program."""
     first = tl.program_id(0) * R
-    weights, scales = load_block(base, base, first, rows, 0, COLUMNS, L, R, FORMAT)
+    weights, scales = load_block(base, base, first, rows, 0, COLUMNS, C, R, FORMAT)
     wait_for_inputs(PDL)
-    y = rows_product(weights, scales, base, base, first, rows, x, norm, COLUMNS, T, R, L, FORMAT, NORM)
-    rms = rms_scales(x, COLUMNS, C, eps, T, NORM)  # last: x is in L1 now
+    y = rows_product(weights, scales, base, base, first, rows, x, norm, COLUMNS, T, R, C, FORMAT, NORM)
+    rms = rms_scales(x, COLUMNS, PADDED, eps, T, NORM)  # last: x is in L1 now
     row = first + tl.arange(0, R)
     for t in tl.static_range(T):
         _finish(y[t] * rms[t], out, rows, row, t, bias, BIAS, RESIDUAL)
@@ -139,8 +138,8 @@ def linear(
     flags: dict[str, Any] = {"NORM": norm is not None, "BIAS": bias is not None, "RESIDUAL": residual}
     arguments = (out, x if norm is None else norm, x if bias is None else bias, eps, weight.rows)
     shape = shape or launch_shape("linear", weight.format, columns)
-    flags |= {"COLUMNS": columns, "T": tokens, "R": shape.rows, "L": shape.chunk, "num_warps": shape.warps}
-    flags |= {"C": triton.next_power_of_2(columns), **_launch(x.device)}
+    flags |= {"COLUMNS": columns, "T": tokens, "R": shape.rows, "C": shape.columns, "num_warps": shape.warps}
+    flags |= {"PADDED": triton.next_power_of_2(columns), **_launch(x.device)}
     if weight.format in expert_slots.BITS:
         _linear_tiles[(triton.cdiv(weight.rows, 16 * shape.rows),)](
             x, weight.data, *arguments, BITS=expert_slots.BITS[weight.format], EXACT=exact, **flags
@@ -367,7 +366,7 @@ def _activate(gate, up, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _up_tiles(
-    x, slots, arena, stride, h, h_scales, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+    x, slots, arena, stride, h, h_scales, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     BITS: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """32 rows of gate and up of one pair a program: a group of its hidden activations, ready for down."""
@@ -375,13 +374,12 @@ def _up_tiles(
     pair, group = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + pair)
     if slot >= 0:
-        LINES: tl.constexpr = (D + 63) // 64 * 2 * BITS
         GROUPS: tl.constexpr = (F + 63) // 64 * 2
         base = arena + slot.to(tl.int64) * stride
-        words, scales = load_tiles(base, 4 * group, 4 * GROUPS, 0, LINES, L, BITS, 4)
+        words, scales = load_tiles(base, 4 * group, 4 * GROUPS, 0, D, C, BITS, 4)
         y = tiles_product(
-            words, scales, base, 4 * group, 4 * GROUPS, x + pair // K * D, x, x, D, 1, 4, L, BITS,
-            False, False, EXACT,
+            words, scales, base, 4 * group, 4 * GROUPS, x + pair // K * D, x, x, D, 1, 4, C, BITS, False,
+            False, EXACT,
         )  # fmt: skip
         gate, up = tl.split(tl.permute(tl.reshape(y[0], (2, 2, 16)), (0, 2, 1)))  # tiles alternate
         hidden = tl.reshape(_activate(gate, up, ACTIVATION), (1, 32))
@@ -396,23 +394,22 @@ def _up_tiles(
 
 @triton.jit
 def _down_tiles(
-    h, h_scales, slots, arena, stride, products, D: tl.constexpr, F: tl.constexpr, L: tl.constexpr,
+    h, h_scales, slots, arena, stride, products, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
     R: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R tiles of down of one pair a program."""
     pair, first = tl.program_id(0), tl.program_id(1) * R
     slot = tl.load(slots + pair)  # older than the kernel before this one
-    LINES: tl.constexpr = (F + 63) // 64 * 2 * BITS
     WIDTH: tl.constexpr = (F + 63) // 64 * 64
     base = arena + tl.maximum(slot, 0).to(tl.int64) * stride + OFFSET
     last = tl.where(slot >= 0, (D + 15) // 16, 0)
-    words, scales = load_tiles(base, first, last, 0, LINES, L, BITS, R)
+    words, scales = load_tiles(base, first, last, 0, WIDTH, C, BITS, R)
     wait_for_inputs(PDL)
     if slot >= 0:
         of_pair = h + pair * WIDTH if EXACT else h.to(tl.pointer_type(tl.int32)) + pair * (WIDTH // 4)
         y = tiles_product(
             words, scales, base, first, last, of_pair, h_scales + pair * (WIDTH // 32), h, WIDTH, 1,
-            R, L, BITS, False, True, EXACT,
+            R, C, BITS, False, True, EXACT,
         )  # fmt: skip
         row = first * 16 + tl.arange(0, 16 * R)
         tl.store(products + pair * D + row, tl.reshape(y[0], (16 * R,)), mask=row < D)
@@ -523,31 +520,31 @@ class ExpertDecode:
 
     def up(self, h: Tensor, slots: Tensor, arena: Tensor) -> None:
         """The first half of `run`: hidden activations into the workspace."""
-        rows, warps, chunk = self.up_shape
+        rows, warps, columns = self.up_shape
         if self.format in expert_slots.BITS:
             _up_tiles[(slots.numel(), triton.cdiv(self.width, 64) * 2)](
-                h, slots, arena, arena.stride(0), self._codes, self._scales, K=self.top_k, L=chunk,
+                h, slots, arena, arena.stride(0), self._codes, self._scales, K=self.top_k, C=columns,
                 ACTIVATION=self.activation, num_warps=warps, **self._constants,
             )  # fmt: skip
         else:
             _up_rows[(slots.numel(), triton.cdiv(self.width, rows))](
                 h, slots, arena, arena.stride(0), self._codes, GATE_SCALES=self._at.gate_scales,
-                UP=self._at.up, UP_SCALES=self._at.up_scales, K=self.top_k, C=chunk, R=rows,
+                UP=self._at.up, UP_SCALES=self._at.up_scales, K=self.top_k, C=columns, R=rows,
                 ACTIVATION=self.activation, num_warps=warps, **self._constants,
             )  # fmt: skip
 
     def down(self, slots: Tensor, arena: Tensor) -> None:
         """The second: products."""
-        rows, warps, chunk = self.down_shape
+        rows, warps, columns = self.down_shape
         if self.format in expert_slots.BITS:
             _down_tiles[(slots.numel(), triton.cdiv(self.hidden, 16 * rows))](
-                self._codes, self._scales, slots, arena, arena.stride(0), self.products, L=chunk, R=rows,
+                self._codes, self._scales, slots, arena, arena.stride(0), self.products, C=columns, R=rows,
                 OFFSET=self._at.down, num_warps=warps, **self._constants,
             )  # fmt: skip
         else:
             _down_rows[(slots.numel(), triton.cdiv(self.hidden, rows))](
                 self._codes, slots, arena, arena.stride(0), self.products, DOWN=self._at.down,
-                DOWN_SCALES=self._at.down_scales, C=chunk, R=rows, num_warps=warps, **self._constants,
+                DOWN_SCALES=self._at.down_scales, C=columns, R=rows, num_warps=warps, **self._constants,
             )  # fmt: skip
 
     def combine(self, weights: Tensor, x: Tensor) -> None:
@@ -577,12 +574,12 @@ def launch_shape(kernel: str, format: str, columns: int) -> Shape:
 
 def guessed_shape(kernel: str, format: str, columns: int) -> Shape:
     """What fits the registers of a thread."""
-    padded = triton.next_power_of_2(columns)
+    padded = max(64, triton.next_power_of_2(columns))
     if format in expert_slots.BITS:
-        lines = max(2 * expert_slots.BITS[format], padded * expert_slots.BITS[format] // 32)
+        dwords = padded * expert_slots.BITS[format] // 2  # of a tile
         if kernel == "up":
-            return Shape(2, max(1, min(8, lines // 16)), min(lines, 128))
-        return Shape(1, max(1, min(8, lines // 64)), min(lines, 1024))
+            return Shape(2, max(1, min(8, dwords // 256)), min(padded, 8192 // expert_slots.BITS[format]))
+        return Shape(1, max(1, min(8, dwords // 1024)), min(padded, 16384 // expert_slots.BITS[format]))
     rows = 4 if padded > 8192 or (kernel == "up" and padded > 2048) else 8
     return Shape(rows, max(1, min(16, padded // 256)), min(padded, 8192))
 

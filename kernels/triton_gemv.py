@@ -3,8 +3,7 @@
 A program reads whole rows, a few at a time, in chunks of columns; the loads of one chunk are under way while
 the one before is used. Nothing is summed across programs.
 
-Axis letters: L weight lines of a chunk (of packed tiles: 4 bytes a row), R rows or tiles of a program,
-C columns of a chunk, T tokens.
+Axis letters: R rows or tiles of a program, C columns of a chunk, G groups of 32 of them, T tokens.
 """
 
 # mypy: disable-error-code="assignment, no-untyped-def, no-untyped-call, untyped-decorator, no-any-return"
@@ -83,40 +82,34 @@ def pack_bytes(codes, DWORDS: tl.constexpr):
 
 
 @triton.jit
-def quantised_lines(
-    x, norm, begin, columns: tl.constexpr, L: tl.constexpr, BITS: tl.constexpr,
-    NORM: tl.constexpr,
-):  # fmt: skip
-    """x [columns] fp32 as L lines of packed tiles, from line `begin`, meet it.
-
-    -> low, high int32 [L] (high: int4 only), scales [L]
-    """
-    GROUPS: tl.constexpr = L // BITS
-    at = (begin // BITS * 32 + 32 * tl.arange(0, GROUPS))[:, None] + tl.arange(0, 32)[None, :]
-    codes, scales = quantise(load_columns(x, norm, at, at < columns, NORM))
-    dwords = pack_bytes(codes, 8 * GROUPS)
-    scales = tl.reshape(tl.broadcast_to(scales[:, None], (GROUPS, BITS)), (L,))
-    if BITS == 4:
-        low, high = tl.split(tl.reshape(dwords, (L, 2)))
-        return low, high, scales
-    else:
-        return dwords, dwords, scales
+def _columns_of(dwords, G: tl.constexpr):
+    """int32 [G, 8] -> a tuple of its 8 columns."""
+    even, odd = tl.split(tl.reshape(dwords, (G, 4, 2)))
+    d04, d26 = tl.split(tl.reshape(even, (G, 2, 2)))
+    d15, d37 = tl.split(tl.reshape(odd, (G, 2, 2)))
+    d0, d4 = tl.split(d04)
+    d1, d5 = tl.split(d15)
+    d2, d6 = tl.split(d26)
+    d3, d7 = tl.split(d37)
+    return d0, d1, d2, d3, d4, d5, d6, d7
 
 
 @triton.jit
-def stored_lines(
-    codes, scales, begin, LINES: tl.constexpr, L: tl.constexpr, BITS: tl.constexpr
-):  # fmt: skip
+def quantised_groups(x, norm, begin, columns: tl.constexpr, G: tl.constexpr, NORM: tl.constexpr):
+    """Columns from `begin` of x [columns] fp32 as int8: a tuple of 8 x int32 [G], and scales [G]."""
+    at = (begin + 32 * tl.arange(0, G))[:, None] + tl.arange(0, 32)[None, :]
+    codes, scales = quantise(load_columns(x, norm, at, at < columns, NORM))
+    return _columns_of(tl.reshape(pack_bytes(codes, 8 * G), (G, 8)), G), scales
+
+
+@triton.jit
+def stored_groups(codes, scales, begin, columns: tl.constexpr, G: tl.constexpr):
     """The same from int8 codes as dwords and their scales in memory."""
-    line = begin + tl.arange(0, L)
-    inside = line < LINES
-    s = tl.load(scales + line // BITS, mask=inside, other=0.0)
-    if BITS == 4:
-        low = tl.load(codes + 2 * line, mask=inside, other=0)
-        return low, tl.load(codes + 2 * line + 1, mask=inside, other=0), s
-    else:
-        dwords = tl.load(codes + line, mask=inside, other=0)
-        return dwords, dwords, s
+    group = begin // 32 + tl.arange(0, G)
+    inside = group < columns // 32
+    at = (8 * group)[:, None] + tl.arange(0, 8)[None, :]
+    dwords = tl.load(codes + at, mask=inside[:, None], other=0)
+    return _columns_of(dwords, G), tl.load(scales + group, mask=inside, other=0.0)
 
 
 # ---- packed tiles ------------------------------------------------------------------------------------------
@@ -124,62 +117,61 @@ def stored_lines(
 
 @triton.jit
 def load_tiles(
-    base, first, last, begin, LINES: tl.constexpr, L: tl.constexpr, BITS: tl.constexpr,
-    R: tl.constexpr,
+    base, first, last, begin, columns: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
-    """Lines begin to begin + L of tiles first to first + R; those from LINES and from `last` on are zeros.
+    """Columns begin to begin + C of tiles first to first + R; those outside and from `last` on are zeros.
 
-    base: the matrix's first byte -> words int32 [R, L, 16], scales fp16 [R, L, 16].
+    base: the matrix's first byte -> a tuple of BITS x int32 [R, G, 16], the lines of each group, and scales
+    fp16 [R, G, 16]. So a thread has a group's lines of its rows: their sum needs no exchange.
     """
-    PER_BLOCK: tl.constexpr = 2 * BITS  # lines of a superblock
-    DWORDS: tl.constexpr = 16 + 16 * PER_BLOCK  # of a superblock
+    BLOCK: tl.constexpr = 16 + 32 * BITS  # dwords of a superblock
+    GROUPS: tl.constexpr = (columns + 63) // 64 * 2
     tile = first + tl.arange(0, R)
-    line = begin + tl.arange(0, L)
+    group = begin // 32 + tl.arange(0, C // 32)
     row = tl.arange(0, 16)
-    block = line // PER_BLOCK * DWORDS
-    mask = (tile < last)[:, None, None] & (line < LINES)[None, :, None]
-    start = tile.to(tl.int64) * (LINES // PER_BLOCK * DWORDS)
-    words = start[:, None, None] + (block + 16 + line % PER_BLOCK * 16)[None, :, None] + row[None, None, :]
-    scales = (2 * start)[:, None, None] + (2 * block + line % PER_BLOCK // BITS * 16)[None, :, None]
-    return (
-        tl.load(base.to(tl.pointer_type(tl.int32)) + words, mask=mask, other=0),
-        tl.load(base.to(tl.pointer_type(tl.float16)) + (scales + row[None, None, :]), mask=mask, other=0.0),
-    )
+    mask = (tile < last)[:, None, None] & (group < GROUPS)[None, :, None]
+    start = tile.to(tl.int64) * (GROUPS // 2 * BLOCK)
+    at = start[:, None, None] + (group // 2 * BLOCK + 16 + group % 2 * (16 * BITS))[None, :, None]
+    at = base.to(tl.pointer_type(tl.int32)) + (at + row[None, None, :])
+    words = ()
+    for j in tl.static_range(BITS):
+        words = words + (tl.load(at + 16 * j, mask=mask, other=0),)
+    at = (2 * start)[:, None, None] + (group // 2 * (2 * BLOCK) + group % 2 * 16)[None, :, None]
+    at = base.to(tl.pointer_type(tl.float16)) + (at + row[None, None, :])
+    return words, tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
 def tiles_product(
     words, scales, base, first, last, x, x_scales, norm, columns: tl.constexpr, T: tl.constexpr,
-    R: tl.constexpr, L: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, STORED: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, STORED: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
     """R tiles times T tokens, x [T, columns] -> a tuple of T results [R, 16].
 
-    words, scales: what load_tiles gave for the first L lines. x is fp32, times norm if NORM, and
-    rounded unless EXACT; or if STORED, int8 codes as dwords, with x_scales.
+    words, scales: what load_tiles gave for the first C columns. x is fp32, times norm if NORM, and rounded
+    unless EXACT; or if STORED, int8 codes as dwords, with x_scales.
     """
-    LINES: tl.constexpr = (columns + 63) // 64 * 2 * BITS
-    if LINES <= L:
+    if columns <= C:
         results = ()
         for t in tl.static_range(T):
             product = _tiles_chunk(
-                words, scales, x + t * columns, x_scales, norm, 0, columns, R, L, BITS, NORM, STORED,
-                EXACT,
-            )  # fmt: skip
+                words, scales, x + t * columns, x_scales, norm, 0, columns, R, C, BITS, NORM, STORED, EXACT
+            )
             results = results + (tl.sum(product, axis=1),)
         return results
     else:
         sums = ()
         for _ in tl.static_range(T):
-            sums = sums + (tl.zeros((R, L, 16), tl.float32),)
+            sums = sums + (tl.zeros((R, C // 32, 16), tl.float32),)
         # Not unrolled: the compiler would ask for all chunks at once and spill them.
-        for begin in tl.range(0, LINES, L):
-            next_words, next_scales = load_tiles(base, first, last, begin + L, LINES, L, BITS, R)
+        for begin in tl.range(0, columns, C):
+            next_words, next_scales = load_tiles(base, first, last, begin + C, columns, C, BITS, R)
             added = ()
             for t in tl.static_range(T):
                 product = _tiles_chunk(
-                    words, scales, x + t * columns, x_scales, norm, begin, columns, R, L, BITS, NORM,
-                    STORED, EXACT,
+                    words, scales, x + t * columns, x_scales, norm, begin, columns, R, C, BITS, NORM, STORED,
+                    EXACT,
                 )  # fmt: skip
                 added = added + (sums[t] + product,)
             sums = added
@@ -192,18 +184,19 @@ def tiles_product(
 
 @triton.jit
 def _tiles_chunk(
-    words, scales, x, x_scales, norm, begin, columns: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
+    words, scales, x, x_scales, norm, begin, columns: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     BITS: tl.constexpr, NORM: tl.constexpr, STORED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Lines begin to begin + L, times one token -> [R, L, 16]: still to be summed."""
+    """Columns begin to begin + C, times one token -> [R, G, 16]: still to be summed."""
+    G: tl.constexpr = C // 32
     if EXACT:
-        return _times_floats(words, scales, x, norm, begin, columns, R, L, BITS, NORM)
+        return _times_floats(words, scales, x, norm, begin, columns, R, G, BITS, NORM)
     elif STORED:
-        low, high, factor = stored_lines(x, x_scales, begin, (columns + 63) // 64 * 2 * BITS, L, BITS)
-        return _times_lines(words, scales, low, high, factor, R, L, BITS)
+        dwords, x_scales = stored_groups(x, x_scales, begin, columns, G)
+        return _times_groups(words, scales, dwords, x_scales, R, G, BITS)
     else:
-        low, high, factor = quantised_lines(x, norm, begin, columns, L, BITS, NORM)
-        return _times_lines(words, scales, low, high, factor, R, L, BITS)
+        dwords, x_scales = quantised_groups(x, norm, begin, columns, G, NORM)
+        return _times_groups(words, scales, dwords, x_scales, R, G, BITS)
 
 
 @triton.jit
@@ -220,35 +213,36 @@ def _dot4(a, b, sum):
 
 
 @triton.jit
-def _times_lines(words, scales, low, high, factor, R: tl.constexpr, L: tl.constexpr, BITS: tl.constexpr):
-    """words, scales [R, L, 16] times lines [L] of int8 activations and their scales -> [R, L, 16]."""
-    none = tl.zeros((R, L, 16), tl.int32)
-    if BITS == 4:
-        # A code less 8, times 16, is its nibble in the upper half of a byte with the sign bit turned.
-        first = ((words << 4) & -0x0F0F0F10) ^ -0x7F7F7F80
-        second = (words & -0x0F0F0F10) ^ -0x7F7F7F80
-        sum = _dot4(second, high[None, :, None], _dot4(first, low[None, :, None], none))
-        factor = factor * 0.0625
-    else:
-        sum = _dot4(words ^ -0x7F7F7F80, low[None, :, None], none)
+def _times_groups(words, scales, dwords, x_scales, R: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr):
+    """Groups of weights times groups of int8 activations, a tuple of 8 x int32 [G] -> [R, G, 16]."""
+    sum = tl.zeros((R, G, 16), tl.int32)
+    for j in tl.static_range(BITS):
+        if BITS == 4:
+            # A code less 8, times 16, is its nibble in the upper half of a byte with the sign bit turned.
+            sum = _dot4(((words[j] << 4) & -0x0F0F0F10) ^ -0x7F7F7F80, dwords[2 * j][None, :, None], sum)
+            sum = _dot4((words[j] & -0x0F0F0F10) ^ -0x7F7F7F80, dwords[2 * j + 1][None, :, None], sum)
+        else:
+            sum = _dot4(words[j] ^ -0x7F7F7F80, dwords[j][None, :, None], sum)
+    factor = x_scales * (0.0625 if BITS == 4 else 1.0)
     return sum.to(tl.float32) * (scales.to(tl.float32) * factor[None, :, None])
 
 
 @triton.jit
 def _times_floats(
-    words, scales, x, norm, begin, columns: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
+    words, scales, x, norm, begin, columns: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
     BITS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """words, scales [R, L, 16] times x as it is -> [R, L, 16]."""
-    line = begin + tl.arange(0, L)
-    sum = tl.zeros((R, L, 16), tl.float32)
-    WIDE: tl.constexpr = 8 if BITS == 4 else 4
+    """Groups of weights times x as it is -> [R, G, 16]."""
+    column = begin + 32 * tl.arange(0, G)
+    sum = tl.zeros((R, G, 16), tl.float32)
+    WIDE: tl.constexpr = 32 // BITS
     ZERO: tl.constexpr = 8.0 if BITS == 4 else 128.0
-    for j in tl.static_range(WIDE):
-        at = WIDE * line + j
-        v = load_columns(x, norm, at, at < columns, NORM)
-        code = (words >> (8 * (j % 4) + j // 4 * 4)) & (15 if BITS == 4 else 255)
-        sum += (code.to(tl.float32) - ZERO) * v[None, :, None]
+    for j in tl.static_range(BITS):
+        for k in tl.static_range(WIDE):
+            at = column + (WIDE * j + k)
+            v = load_columns(x, norm, at, at < columns, NORM)
+            code = (words[j] >> (8 * (k % 4) + k // 4 * 4)) & (15 if BITS == 4 else 255)
+            sum += (code.to(tl.float32) - ZERO) * v[None, :, None]
     return sum * scales.to(tl.float32)
 
 

@@ -285,16 +285,14 @@ def shapes_to_try(kernel: str, format: str, columns: int) -> list[Shape]:
     """Those whose weights, the chunk in use and the next, fit the registers."""
     padded = 1 << (columns - 1).bit_length()
     if format in expert_slots.BITS:
-        lines = -(-columns // 64) * 2 * expert_slots.BITS[format]
-        chunks = sorted({n for n in (32, 64, 128, 256, 512) if n < lines} | {1 << (lines - 1).bit_length()})
-        rows = (2,) if kernel == "up" else (1, 2, 4)
-        tiles = {r: 4 if kernel == "up" else r for r in rows}
+        bits = expert_slots.BITS[format]
+        tiles = {2: 4} if kernel == "up" else {r: r for r in (1, 2, 4)}
         return [
             Shape(r, w, n)
-            for r in rows
+            for r, most in tiles.items()
             for w in (1, 2, 4, 8)
-            for n in chunks
-            if 8 <= tiles[r] * n / (2 * w) <= (128 if n >= lines else 32)
+            for n in sorted({n for n in (256, 512, 1024, 2048, 4096) if n < columns} | {padded})
+            if 8 <= most * n * bits / (64 * w) <= (128 if n >= columns else 32)
         ]
     matrices = 2 if kernel == "up" else 1
     chunks = sorted({n for n in (512, 1024, 2048, 4096) if n < columns} | {padded})

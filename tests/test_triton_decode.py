@@ -90,8 +90,7 @@ def test_columns_in_chunks_and_rows_in_blocks_give_the_same(format: str) -> None
     on_gpu, on_cpu, _memory = matrix(format, 70, 200)
     x = random(1, 3, 200)
     out = poisoned(3, 70)
-    chunk = 64 if format == "bf16" else 2 * expert_slots.BITS[format]
-    linear(x.to(DEVICE), on_gpu, out, shape=Shape(2, 1, chunk))
+    linear(x.to(DEVICE), on_gpu, out, shape=Shape(2, 1, 64))
     assert distance(out, cpu_linear(on_cpu, 70, x, None, False)) < ROUNDING
 
 
@@ -293,8 +292,7 @@ def test_experts_in_chunks_of_columns_give_the_same(format: str) -> None:
     layer = Layer(format, 160, 96, 1, experts=2, top_k=1)
     experts = decode(layer, format)
     whole = result(layer, experts, layer.slots)
-    chunk = 2 * expert_slots.BITS[format] if format in expert_slots.BITS else 64
-    experts.up_shape = experts.down_shape = Shape(2 if format in expert_slots.BITS else 16, 1, chunk)
+    experts.up_shape = experts.down_shape = Shape(2 if format in expert_slots.BITS else 16, 1, 64)
     experts.products.fill_(math.nan)
     assert distance(result(layer, experts, layer.slots), whole) < ROUNDING
 

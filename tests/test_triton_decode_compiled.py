@@ -32,28 +32,29 @@ def kernels(pdl: bool) -> dict[str, tuple[str, dict[str, Any], int]]:
     from kernels import triton_decode as module
 
     qwen = {"D": 2048, "F": 768, "PDL": pdl}
-    dense = {"COLUMNS": 2048, "T": 1, "C": 2048, "NORM": True, "BIAS": False, "RESIDUAL": False, "PDL": pdl}
+    dense = {"COLUMNS": 2048, "T": 1, "PADDED": 2048, "NORM": True, "BIAS": False, "RESIDUAL": False}
+    dense |= {"PDL": pdl}
     found: dict[str, tuple[str, dict[str, Any], int]] = {}
     for format, bits in (("int4", 4), ("int8", 8)):
         up, down = (module.guessed_shape(k, format, n) for k, n in (("up", 2048), ("down", 768)))
         shape = module.guessed_shape("linear", format, 2048)
         shared = {**qwen, "BITS": bits, "EXACT": False}
-        constants = {**shared, "K": 8, "L": up.chunk, "ACTIVATION": "silu"}
+        constants = {**shared, "K": 8, "C": up.columns, "ACTIVATION": "silu"}
         found[f"up {format}"] = ("_up_tiles", constants, up.warps)
-        constants = {**shared, "L": down.chunk, "R": down.rows, "OFFSET": 4096}
+        constants = {**shared, "C": down.columns, "R": down.rows, "OFFSET": 4096}
         found[f"down {format}"] = ("_down_tiles", constants, down.warps)
-        constants = {**dense, "R": shape.rows, "L": shape.chunk, "BITS": bits, "EXACT": False}
+        constants = {**dense, "R": shape.rows, "C": shape.columns, "BITS": bits, "EXACT": False}
         found[f"linear {format}"] = ("_linear_tiles", constants, shape.warps)
     for format in ("bf16", "fp8", "mxfp4"):
         up, down = (module.guessed_shape(k, format, n) for k, n in (("up", 2048), ("down", 768)))
-        constants = {**qwen, "FORMAT": format, "ACTIVATION": "silu", "K": 8, "C": up.chunk, "R": up.rows}
+        constants = {**qwen, "FORMAT": format, "ACTIVATION": "silu", "K": 8, "C": up.columns, "R": up.rows}
         constants |= {"UP": 4096, "GATE_SCALES": 8192, "UP_SCALES": 8192}
         found[f"up {format}"] = ("_up_rows", constants, up.warps)
         constants = {**qwen, "DOWN": 4096, "DOWN_SCALES": 8192, "FORMAT": format}
-        constants |= {"C": down.chunk, "R": down.rows}
+        constants |= {"C": down.columns, "R": down.rows}
         found[f"down {format}"] = ("_down_rows", constants, down.warps)
     shape = module.guessed_shape("linear", "bf16", 2048)
-    constants = {**dense, "R": shape.rows, "L": shape.chunk, "FORMAT": "bf16"}
+    constants = {**dense, "R": shape.rows, "C": shape.columns, "FORMAT": "bf16"}
     found["linear bf16"] = ("_linear_rows", constants, shape.warps)
     constants = {"E": 128, "D": 2048, "T": 1, "C": 2048, "SAVE": True, "PDL": pdl}
     found["logits"] = ("_store_logits", constants, 4)
