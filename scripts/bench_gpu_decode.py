@@ -292,7 +292,7 @@ def shapes_to_try(kernel: str, format: str, columns: int) -> list[Shape]:
             for r, most in tiles.items()
             for w in (1, 2, 4, 8)
             for n in sorted({n for n in (256, 512, 1024, 2048, 4096) if n < columns} | {padded})
-            if 8 <= most * n * bits / (64 * w) <= (128 if n >= columns else 32)
+            if 8 <= most * n * bits / (64 * w) <= (128 if n >= columns else 64 if kernel == "up" else 32)
         ]
     matrices = 2 if kernel == "up" else 1
     chunks = sorted({n for n in (512, 1024, 2048, 4096) if n < columns} | {padded})
