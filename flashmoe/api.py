@@ -17,6 +17,7 @@ from typing import Any
 
 from flashmoe.budget import BudgetPlan
 from flashmoe.config import PREDICTOR_NAMES, RunConfig
+from flashmoe.decoder import Decoder
 from flashmoe.errors import ConfigError, FlashMoEError
 from flashmoe.learning import Learning
 from flashmoe.loader import load_engine, open_cache, open_model, open_prefetcher, plan_model, share_slots
@@ -224,9 +225,15 @@ class LLM:
         self.plan = share_slots(self.plan, self.config, run)
         self.expert_cache.close()
         decoder = self.engine.decoder
-        self.expert_cache = open_cache(self._opened, self.plan, run, self.probed.reader)
-        decoder.experts = self.expert_cache
-        decoder.prefetcher = open_prefetcher(decoder, self._weights, self.plan, run)
+        cache = open_cache(self._opened, self.plan, run, self.probed.reader)
+        if isinstance(decoder, Decoder):
+            decoder.experts = self.expert_cache = cache
+            decoder.prefetcher = open_prefetcher(decoder, self._weights, self.plan, run)
+        else:
+            from flashmoe.gpu_loader import use_policy
+
+            assert self.plan.vram is not None
+            self.expert_cache = use_policy(decoder, cache, self._opened.expert_format, self.plan.vram, run)
 
     def close(self) -> None:
         """Free the expert slots and close the files; safe to call twice."""

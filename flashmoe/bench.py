@@ -27,7 +27,8 @@ DECODE_PREFIX = 64  # tokens of prompt before decoding is timed
 COLUMNS = ("model", "size", "budget", "policy", "reader", "test", "t/s", "min–max", "hit rate", "MB/token",
            "MB/s", "stall", "bound t/s", "of bound")  # fmt: skip
 GPU_COLUMNS = ("model", "size", "RAM", "VRAM", "policy", "test", "t/s", "min–max", "VRAM hits", "RAM hits",
-               "MB/token PCIe", "MB/token drive", "on CPU", "compute t/s", "bound t/s", "of bound")  # fmt: skip
+               "MB/token PCIe", "MB/token drive", "on CPU", "resident t/s", "bound t/s",
+               "of bound")  # fmt: skip
 _DERIVED = ("tokens_per_s", "hit_rate", "mb_per_token", "stall_share", "read_mb_per_s", "bound_tokens_per_s",
             "share_of_bound")  # fmt: skip
 
@@ -77,8 +78,10 @@ class Repetition:
         drive = max(self.drive_mb_per_s, self.read_mb_per_s)
         if self.gpu is None:
             return self.tokens / bound_s(self.seconds - self.stall_s, self.bytes_read, drive)
-        computing_s = self.gpu.resident_token_s * self.tokens
-        copying_s = self.gpu.bytes_in / (self.gpu.pcie_mb_per_s * 1e6)
+        # A prompt's computing is not measured apart: its bound is what it took without waiting for reads.
+        computing_s = self.gpu.resident_token_s * self.tokens or self.seconds - self.stall_s
+        # What misses would take to copy, whether they were copied, guessed or computed on the CPU.
+        copying_s = self.misses * self.gpu.expert_bytes / (self.gpu.pcie_mb_per_s * 1e6)
         return self.tokens / max(copying_s, bound_s(computing_s, self.bytes_read, drive))
 
     @property
@@ -96,8 +99,9 @@ class GpuRepetition:
     ram_hits: int  # of the misses, those that RAM held
     cpu_experts: int  # of the misses, those that the CPU computed
     bytes_in: int  # RAM -> VRAM
+    expert_bytes: int
     pcie_mb_per_s: float  # of such copies, measured at start
-    resident_token_s: float  # what a token takes with every expert in VRAM, measured in this run; 0 of a prompt
+    resident_token_s: float  # a token's with every expert in VRAM, measured in this run; 0 of a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +299,7 @@ class Bench:
             ram_hits=spent.ram_hits,
             cpu_experts=spent.cpu_experts,
             bytes_in=spent.bytes_in,
+            expert_bytes=self.plan.expert_bytes,
             pcie_mb_per_s=self.loaded.pcie_mb_per_s,
             resident_token_s=decoder.resident_token_s() if is_decode else 0.0,
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flashmoe.bench_text import read_prompts
 from flashmoe.config import RunConfig
+from flashmoe.decoder import Decoder
 from flashmoe.errors import BudgetError, ConfigError
 from flashmoe.gptq import Hessian, hessian_bytes
 from flashmoe.loader import LoadedEngine, OpenedModel, load_engine, plan_model
@@ -182,7 +183,7 @@ class TextRun:
 
     def _load(self) -> None:
         self._loaded = _load(self._model, self._threads)
-        decoder = self._loaded.engine.decoder
+        decoder = _cpu_decoder(self._loaded)
         self._recorder = _Recorder(self._model, self._loaded, self._threads)
         decoder.expert_ffn = self._recorder
         self._x = [decoder.embed(ids) for ids in self._windows]  # [T, D] each: what enters the layer
@@ -191,7 +192,7 @@ class TextRun:
         assert self._loaded is not None
         self._recorder.listener = listener
         for x in self._x:
-            self._loaded.engine.decoder.run_layer(self._layer, x.clone() if stay else x)
+            _cpu_decoder(self._loaded).run_layer(self._layer, x.clone() if stay else x)
         self._layer += not stay
 
     def close(self) -> None:
@@ -217,6 +218,11 @@ def _load(model: OpenedModel, threads: int) -> LoadedEngine:
     raise AssertionError("no budget")
 
 
+def _cpu_decoder(loaded: LoadedEngine) -> Decoder:
+    assert isinstance(loaded.engine.decoder, Decoder)
+    return loaded.engine.decoder
+
+
 class _Recorder(ExpertFFN):
     """Computes experts as ever, and tells the listener what they are given."""
 
@@ -224,7 +230,7 @@ class _Recorder(ExpertFFN):
         c = model.config
         activation = ACTIVATIONS[c.hidden_act]
         experts = Experts(c.hidden_size, c.moe_intermediate_size, model.expert_format, activation, False)
-        super().__init__(loaded.engine.decoder.kernels, experts, c.hidden_size, c.num_experts_per_tok)
+        super().__init__(_cpu_decoder(loaded).kernels, experts, c.hidden_size, c.num_experts_per_tok)
         self.listener: Listener | None = None
         self._own = make_context(threads)  # the other one holds the event's activations
         self._format, self._activate = model.expert_format, REFERENCE_ACTIVATIONS[c.hidden_act]

@@ -14,15 +14,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cache_policies.replay import serving_order
+from flashmoe.budget import PREFILL_CHUNK
 from flashmoe.decoder import RoutingObserver
 from flashmoe.gpu_attention import GpuKVCache, bucket_for
-from flashmoe.gpu_graphs import Graph, GraphPool
+from flashmoe.gpu_graphs import Graph, GraphPool, gpu_seconds
 from flashmoe.gpu_model import (
     GpuModel,
     OneToken,
@@ -34,7 +33,7 @@ from flashmoe.gpu_model import (
     rms_norm,
 )
 from flashmoe.prefetch import PrefetchSwitch
-from flashmoe.vram_cache import VramCache
+from flashmoe.vram_cache import MissEvent, VramCache
 from kernels.expert_ffn import Addresses, ExpertFFN
 from kernels.triton_decode import ExpertDecode
 from kernels.triton_moe import ExpertPrefill
@@ -64,7 +63,7 @@ class GpuDecoder:
         self.config, self.model, self.experts = model.config, model, cache
         self.observer: RoutingObserver | None = None
         self.prefetcher = prefetcher
-        self._decode, self._prefill, self._arena, self._table = decode, prefill, arena, table
+        self._decode, self._prefill, self.arena, self.table = decode, prefill, arena, table
         self._host_experts = host_experts
         self._one = one = OneToken(model)
         self._steps = _Steps(self)
@@ -79,11 +78,16 @@ class GpuDecoder:
         self._late = torch.zeros_like(self._late_slots, device=model.device)
         self._guessed = torch.zeros(one.guessed.shape, dtype=torch.int32, pin_memory=pin)
         self._probabilities, self._weights, self._ids = one.routing_parts(self._routing)
-        self._saved_x = torch.zeros(len(model.moe_layers), 1, self.config.hidden_size, device=model.device)
+        self._scores = self._probabilities.numpy()
         self._guessing = False  # in the token under way
         self._misses = 1.0  # the share of recent tokens that lacked an expert
         self._unreported: _TokenRouting | None = None
-        self._routed = torch.cuda.Event() if pin else None
+        self._routed = torch.cuda.Event() if pin else None  # type: ignore[no-untyped-call]
+
+    def use_cache(self, cache: VramCache, prefetcher: PrefetchSwitch | None) -> None:
+        """Go on with another cache, over the same arena and table."""
+        self.experts, self.prefetcher = cache, prefetcher
+        self._misses, self._unreported = 1.0, None
 
     @property
     def kv_cache(self) -> GpuKVCache:
@@ -123,18 +127,28 @@ class GpuDecoder:
         """
         bucket = bucket_for(min(self.kv_cache.length + 1, self.kv_cache.context), self.kv_cache.context)
         self._steps.prepare(bucket, True, False)
-        kept = self._table.clone()
-        self._table.copy_(torch.arange(kept.numel(), dtype=torch.int32).view_as(kept) % len(self._arena))
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        seconds = []
-        for _ in range(repeat):
-            begin.record()
-            self._steps.whole(bucket).launch()
-            end.record()
-            end.synchronize()
-            seconds.append(begin.elapsed_time(end) / 1e3)
-        self._table.copy_(kept)
-        return statistics.median(seconds)
+        kept = self.table.clone()
+        self.table.copy_(torch.arange(kept.numel(), dtype=torch.int32).view_as(kept) % len(self.arena))
+        whole = self._steps.whole(bucket)
+        seconds = statistics.median(gpu_seconds(whole.launch) for _ in range(repeat))
+        self.table.copy_(kept)
+        return seconds
+
+    def warm_up(self) -> None:
+        """Compile and load every kernel that a chat needs, and capture the graphs of its first tokens."""
+        steps = (1, DECODE_TOKENS + 1, PREFILL_CHUNK)
+        nobody = torch.full((self.config.num_experts,), -1, dtype=torch.int32, device=self.model.device)
+        for tokens in (min(n, self.kv_cache.context) for n in steps):
+            x = embed(self.model, torch.zeros(tokens, dtype=torch.int64, device=self.model.device))
+            layer = self.model.moe_layers[0]
+            chunk_attention(self.model, layer, x)
+            h, _, weights, ids = chunk_router(self.model, layer, x)
+            self._prefill.run(h, ids, nobody, self.arena, weights)
+            self._prefill.combine(weights, torch.zeros_like(x))
+        guessing = self.prefetcher is not None
+        self._steps.prepare(bucket_for(1, self.kv_cache.context), self.experts.is_complete, guessing)
+        if guessing:
+            self._steps.prepare(bucket_for(1, self.kv_cache.context), False, False)
 
     # One token
 
@@ -155,7 +169,7 @@ class GpuDecoder:
             self._note(token, first)
             if missed:
                 self._report()
-                self._one.x.copy_(self._saved_x[first])
+                self._one.x.copy_(self._one.saved_x[first])
                 self._layer_by_layer(bucket, first, token)
         else:
             self._report()
@@ -179,14 +193,15 @@ class GpuDecoder:
                 self._steps.run(ordinal).launch()
                 self._steps.segment(bucket, ordinal + 1, self._guessing).launch()
                 self._mark()
-            weights, scores = self._weights[ordinal].tolist(), self._probabilities[ordinal].numpy()
+            weights, scores = self._weights[ordinal].tolist(), self._scores[ordinal]
             if here:
                 self.experts.hit_event(layer, ids, weights, scores, token)
             else:
                 missed = True
-                self._fetch(ordinal, ids, weights, scores, token)
+                event = self._fetch(ordinal, ids, weights, scores, token)
                 self._steps.segment(bucket, ordinal + 1, self._guessing).launch()
                 self._mark()
+                event.settle()  # the policies, while the GPU computes
             if self._guessing and ordinal + 1 < len(self.model.moe_layers):
                 assert self.prefetcher is not None
                 after, guessed = self.model.moe_layers[ordinal + 1], self._guessed[ordinal + 1, 0].tolist()
@@ -198,18 +213,22 @@ class GpuDecoder:
         return missed
 
     def _fetch(
-        self, ordinal: int, ids: list[int], weights: list[float], scores: NDArray[np.float32], token: int
-    ) -> None:
-        """A layer's experts, of which some are not in VRAM: products of all of them."""
-        event = self.experts.fetch(self.model.moe_layers[ordinal], ids, weights, scores, token)
+        self, ordinal: int, ids: list[int], weights: list[float], scores: Sequence[float], token: int
+    ) -> MissEvent:
+        """A layer's experts, of which some are not in VRAM: launches the products of all of them.
+
+        The next router may read the table before this event is settled, and find an expert that then leaves.
+        It is missing for the host all the same: its product is computed again, from where it comes to.
+        """
         self._steps.run(ordinal).launch()  # those that are there; the others' slots are -1
+        event = self.experts.fetch(self.model.moe_layers[ordinal], ids, weights, scores, token)
         if event.cpu:
             self._compute_on_cpu(event.cpu)
         self._late_slots.fill_(-1)
         for place, slot in event.late():
             self._late_slots[0, place] = slot
         self._steps.late(ordinal).launch()
-        event.settle()
+        return event
 
     def _compute_on_cpu(self, experts: Sequence[tuple[int, Addresses]]) -> None:
         ffn = self._host_experts
@@ -237,10 +256,11 @@ class GpuDecoder:
             return
         token, self._unreported = self._unreported, None
         probabilities, weights, ids = self._one.routing_parts(token.routing)
+        scores = probabilities.numpy()
         for ordinal in range(len(token.routing)):
             self.experts.hit_event(
                 self.model.moe_layers[ordinal], ids[ordinal].tolist(), weights[ordinal].tolist(),
-                probabilities[ordinal].numpy(), token.token,
+                scores[ordinal], token.token,
             )  # fmt: skip
 
     def _mark(self) -> None:
@@ -258,7 +278,7 @@ class GpuDecoder:
         self, token_ids: Sequence[int], all_logits: bool, check: Callable[[], None] | None
     ) -> Tensor:
         model = self.model
-        self._one.table.copy_(self._table, non_blocking=True)
+        self._one.table.copy_(self.table, non_blocking=True)
         x = embed(model, torch.tensor(token_ids, device=model.device))
         distinct = torch.zeros(self.config.num_experts, device=model.device)
         ordinal = 0
@@ -274,16 +294,21 @@ class GpuDecoder:
             if self.observer is not None:
                 self.observer.routed(index, ids.cpu(), weights.cpu(), probabilities.cpu())
             if self.experts.is_complete:
-                self._prefill.run(h, ids, self._one.table[ordinal], self._arena, weights)
+                self._prefill.run(h, ids, self._one.table[ordinal], self.arena, weights)
                 distinct += torch.zeros_like(distinct).scatter_(0, ids.view(-1).long(), 1.0)
             else:
                 self._stream(index, h, ids, weights, probabilities, token_ids)
             self._prefill.combine(weights, x)
             chunk_network(model, index, h, x)
             ordinal += 1
-        logits = chunk_logits(model, x if all_logits else x[-1:]).cpu()
+        if all_logits:
+            logits = chunk_logits(model, x).cpu()
+        else:
+            self._one.x.copy_(x[-1:])
+            self._one.output()
+            logits = self._one.logits[0].cpu()
         self.experts.counters.hits += int(distinct.sum())
-        return logits if all_logits else logits[0]
+        return logits
 
     def _stream(
         self, index: int, h: Tensor, ids: Tensor, weights: Tensor, probabilities: Tensor,
@@ -298,7 +323,7 @@ class GpuDecoder:
             table = torch.full((self.config.num_experts,), -1, dtype=torch.int32)
             for expert, slot in group:
                 table[expert] = slot
-            self._prefill.run(h, ids, table.to(h.device, non_blocking=True), self._arena, weights)
+            self._prefill.run(h, ids, table.to(h.device, non_blocking=True), self.arena, weights)
 
 
 class _TokenRouting(NamedTuple):
@@ -354,11 +379,10 @@ class _Steps:
 
     def _whole(self, bucket: int) -> None:
         d, one, last = self._decoder, self._decoder._one, len(self._segments) - 1
-        one.table.copy_(d._table, non_blocking=True)
+        one.table.copy_(d.table, non_blocking=True)
         for ordinal in range(last + 1):
             self._compute_segment(bucket, ordinal)
             if ordinal < last:
-                d._saved_x[ordinal].copy_(one.x)
                 self._run(ordinal)
         d._missed.copy_(one.missed, non_blocking=True)
         d._routing.copy_(one.routing, non_blocking=True)
@@ -367,7 +391,7 @@ class _Steps:
     def _segment(self, bucket: int, ordinal: int, guessing: bool) -> None:
         d, one = self._decoder, self._decoder._one
         if ordinal < len(self._segments) - 1:
-            one.table[ordinal].copy_(d._table[ordinal], non_blocking=True)
+            one.table[ordinal].copy_(d.table[ordinal], non_blocking=True)
             self._compute_segment(bucket, ordinal)
             d._routing[ordinal].copy_(one.routing[ordinal], non_blocking=True)
             if d._host_experts is not None:
@@ -402,9 +426,9 @@ class _Steps:
 
     def _run(self, ordinal: int) -> None:
         one = self._decoder._one
-        self._decoder._decode.run(one.h[ordinal], one.slots[ordinal], self._decoder._arena)
+        self._decoder._decode.run(one.h[ordinal], one.slots[ordinal], self._decoder.arena)
 
     def _late(self, ordinal: int) -> None:
         d = self._decoder
         d._late.copy_(d._late_slots, non_blocking=True)
-        d._decode.run(d._one.h[ordinal], d._late, d._arena)
+        d._decode.run(d._one.h[ordinal], d._late, d.arena)

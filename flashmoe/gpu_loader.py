@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from cache_policies.policy import Geometry
 from flashmoe.budget import PREFILL_CHUNK
@@ -16,8 +17,9 @@ from flashmoe.config import ModelConfig, RunConfig
 from flashmoe.copy_engine import CopyEngine, CudaCopyEngine, HostCopyEngine
 from flashmoe.errors import BudgetError
 from flashmoe.expert_cache import ExpertCache
-from flashmoe.expert_placement import calibrate
+from flashmoe.expert_placement import Placement, calibrate
 from flashmoe.gpu_decoder import GpuDecoder
+from flashmoe.gpu_graphs import gpu_seconds
 from flashmoe.gpu_model import GpuModel
 from flashmoe.policies import build_policy
 from flashmoe.prefetch import AUTO_GUESSES, PrefetchSwitch
@@ -76,40 +78,77 @@ def build_decoder(
 ) -> GpuDecoder:
     """The tiers and the decoder; `weights` are on `device`. On a CPU device (tests) VRAM is ordinary memory
     and the kernels need Triton's interpreter."""
-    on_gpu = device.type == "cuda"
+    c, on_gpu = config, device.type == "cuda"
     arena = torch.empty(plan.slots, plan.slot_bytes, dtype=torch.uint8, device=device)
-    moe, top_k = config.num_moe_layers, config.num_experts_per_tok
-    table = torch.full((moe, config.num_experts), -1, dtype=torch.int32, pin_memory=on_gpu)
-    name = expert_format.name.lower()
-    layout = slot_layout(name, config.hidden_size, config.moe_intermediate_size)
-    engine: CopyEngine = (CudaCopyEngine if on_gpu else HostCopyEngine)(arena, layout)
-    experts = Experts(
-        config.hidden_size, config.moe_intermediate_size, expert_format, ACTIVATIONS[config.hidden_act],
-        run.exact_activations,
-    )  # fmt: skip
+    table = torch.full((c.num_moe_layers, c.num_experts), -1, dtype=torch.int32, pin_memory=on_gpu)
+    name, top_k = expert_format.name.lower(), c.num_experts_per_tok
+    engine = _copy_engine(arena, c, expert_format)
     placement: Placement | None = None
     host_experts = None
     if run.cpu_experts != "never" and not plan.holds_all:
-        placement = calibrate(run.cpu_experts, engine, kernels, experts, config.hidden_size, top_k)
-        host_experts = ExpertFFN(kernels, experts, config.hidden_size, top_k, pinned=on_gpu)
-    capacity = plan.slots - plan.spare_slots
-    if run.scope == "layer":
-        capacity //= moe
-    geometry = Geometry(moe, config.num_experts, top_k, capacity, run.scope == "layer")
-    policy = build_policy(run.policy, geometry, run.seed)
-    cache = VramCache(ram, policy, geometry, engine, table.numpy(), placement, plan.spare_slots)
-    shape = (config.hidden_size, config.moe_intermediate_size, name, config.hidden_act, top_k)
-    model = GpuModel(config, weights, plan.context, device, run.exact_activations)
-    decode = ExpertDecode(*shape, 1, device, run.exact_activations)
-    prefill = ExpertPrefill(
-        *shape, config.num_experts, min(PREFILL_CHUNK, plan.context), device,
-        ROUNDED_TO if run.token_rounding else 0,
+        experts = Experts(
+            c.hidden_size, c.moe_intermediate_size, expert_format, ACTIVATIONS[c.hidden_act],
+            run.exact_activations,
+        )  # fmt: skip
+        placement = calibrate(run.cpu_experts, engine, kernels, experts, c.hidden_size, top_k)
+        host_experts = ExpertFFN(kernels, experts, c.hidden_size, top_k, pinned=on_gpu)
+    shape = (c.hidden_size, c.moe_intermediate_size, name, c.hidden_act, top_k)
+    chunk, rounding = min(PREFILL_CHUNK, plan.context), ROUNDED_TO if run.token_rounding else 0
+    return GpuDecoder(
+        GpuModel(c, weights, plan.context, device, run.exact_activations),
+        _open_cache(c, ram, engine, table, placement, plan, run),
+        ExpertDecode(*shape, 1, device, run.exact_activations),
+        ExpertPrefill(*shape, c.num_experts, chunk, device, rounding),
+        arena,
+        table,
+        host_experts,
+        _prefetcher(plan, run),
     )
-    prefetcher = None
-    if run.prefetch != "off" and plan.spare_slots:
-        automatic = run.prefetch == "auto"
-        prefetcher = PrefetchSwitch(AUTO_GUESSES if automatic else int(run.prefetch), automatic)
-    return GpuDecoder(model, cache, decode, prefill, arena, table, host_experts, prefetcher)
+
+
+def use_policy(
+    decoder: GpuDecoder, ram: ExpertCache, expert_format: Format, plan: VramPlan, run: RunConfig
+) -> VramCache:
+    """Go on with empty slots under `run.policy` and `run.prefetch`; the cache before has been closed."""
+    engine = _copy_engine(decoder.arena, decoder.config, expert_format)
+    placement = decoder.experts.placement
+    cache = _open_cache(decoder.config, ram, engine, decoder.table, placement, plan, run)
+    decoder.use_cache(cache, _prefetcher(plan, run))
+    if plan.holds_all:
+        fill_vram(cache, decoder.config, None)
+    return cache
+
+
+def _copy_engine(arena: Tensor, config: ModelConfig, expert_format: Format) -> CopyEngine:
+    name = expert_format.name.lower()
+    layout = slot_layout(name, config.hidden_size, config.moe_intermediate_size)
+    return CudaCopyEngine(arena, layout) if arena.is_cuda else HostCopyEngine(arena, layout)
+
+
+def _open_cache(
+    config: ModelConfig, ram: ExpertCache, engine: CopyEngine, table: Tensor, placement: Placement | None,
+    plan: VramPlan, run: RunConfig,
+) -> VramCache:  # fmt: skip
+    layers, per_layer = config.num_moe_layers, run.scope == "layer"
+    capacity = plan.slots - plan.spare_slots
+    if per_layer:
+        capacity //= layers
+    geometry = Geometry(layers, config.num_experts, config.num_experts_per_tok, capacity, per_layer)
+    policy = build_policy(vram_policy(run.policy), geometry, run.seed)
+    return VramCache(ram, policy, geometry, engine, table.numpy(), placement, plan.spare_slots)
+
+
+def vram_policy(policy: str) -> str:
+    """The learned policy is for drives: to weigh thousands of residents takes it longer than a copy over PCIe
+    takes (docs/benchmarks.md). VRAM then has the best of the simple ones."""
+    return "lfu-aged" if policy.partition(":")[0] == "learned" else policy
+
+
+def _prefetcher(plan: VramPlan, run: RunConfig) -> PrefetchSwitch | None:
+    if run.prefetch == "off" or not plan.spare_slots:
+        return None
+    automatic = run.prefetch == "auto"
+    return PrefetchSwitch(AUTO_GUESSES if automatic else int(run.prefetch), automatic)
 
 
 def fill_vram(
@@ -128,15 +167,8 @@ def pcie_mb_per_s() -> float:
     """Of large copies from pinned memory, MB/s; the median of five."""
     source = torch.empty(PCIE_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(source, device="cuda")
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    seconds = []
-    for _ in range(6):  # the first one warms up
-        begin.record()
-        target.copy_(source, non_blocking=True)
-        end.record()
-        end.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3)
-    return PCIE_PROBE_BYTES / statistics.median(seconds[1:]) / 1e6
+    seconds = [gpu_seconds(lambda: target.copy_(source, non_blocking=True)) for _ in range(6)]
+    return PCIE_PROBE_BYTES / statistics.median(seconds[1:]) / 1e6  # the first one warms up
 
 
 @contextmanager

@@ -87,6 +87,7 @@ class OneToken:
         moe, experts, top_k = len(model.moe_layers), c.num_experts, c.num_experts_per_tok
         self.token, self.position = empty(1, dtype=torch.int64), empty(1, dtype=torch.int32)
         self.x = empty(1, c.hidden_size)
+        self.saved_x = empty(moe, 1, c.hidden_size)  # at each router
         self.h = empty(moe, 1, c.hidden_size)  # what the experts of each layer see
         # Per layer with experts: probabilities, weights, ids (int32); one row is one copy to the host.
         self.routing = empty(moe, experts + 2 * top_k)
@@ -175,6 +176,7 @@ class OneToken:
         route(
             self.x, w.post_attention_norm, c.rms_norm_eps, w.router, c.norm_topk_prob, self.table[ordinal],
             self.h[ordinal], probabilities, ids, weights, self.slots[ordinal], self.missed, ordinal,
+            saved=self.saved_x[ordinal],
         )  # fmt: skip
 
     def guess(self, index: int, ordinal: int) -> None:
@@ -223,12 +225,13 @@ def chunk_attention(model: GpuModel, index: int, x: Tensor) -> None:
     c, layer, begin = model.config, model.layers[index], model.kv_cache.length
     w, tokens, d = layer.weights, len(x), model.config.head_dim
     qkv = product(rms_norm(model, x, w.input_norm), layer.qkv, w.qkv_bias)
-    q, k, v = qkv.split([c.num_attention_heads * d, *[c.num_key_value_heads * d] * 2], dim=1)
+    heads, kv = c.num_attention_heads * d, c.num_key_value_heads * d
+    q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv], qkv[:, heads + kv :]
     if c.family.qk_norm == "full":
         q, k = _norm_heads(q, w.q_norm, c), _norm_heads(k, w.k_norm, c)
     if c.clip_qkv:
         q, k, v = (t.clamp(-c.clip_qkv, c.clip_qkv) for t in (q, k, v))
-    q, k, v = (t.view(tokens, -1, d) for t in (q, k, v))
+    q, k, v = (t.reshape(tokens, -1, d) for t in (q, k, v))
     if c.family.qk_norm == "head":
         q, k = _norm_heads(q, w.q_norm, c), _norm_heads(k, w.k_norm, c)
     cos, sin = (t[begin : begin + tokens, None] for t in (model.cos, model.sin))

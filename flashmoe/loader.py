@@ -200,6 +200,7 @@ def _load_on_gpu(
         decoder = build_decoder(model.config, weights, ram, kernels, model.expert_format, vram, run, device)
         if vram.holds_all:
             fill_vram(decoder.experts, model.config, progress)
+        decoder.warm_up()
         rate = pcie_mb_per_s()
     return LoadedEngine(Engine(decoder), weights, decoder.experts, probed, dense_load_s, rate)
 
@@ -218,7 +219,10 @@ def open_cache(model: OpenedModel, plan: BudgetPlan, run: RunConfig, reader_name
     """Empty slots and a policy that has seen nothing; allocates `plan.slots` experts."""
     reader = _open_reader(reader_name, model, run.check_reads)
     geometry = _geometry(model.config, share_slots(plan, model.config, run), run)
-    policy = build_policy(run.policy, geometry, run.seed)
+    judged = geometry
+    if plan.vram is not None and not geometry.per_layer:  # the policy judges what either tier holds
+        judged = replace(geometry, capacity=geometry.capacity + plan.vram.slots - plan.vram.spare_slots)
+    policy = build_policy(run.policy, judged, run.seed)
     spare = plan.slots - geometry.capacity * (geometry.layers if geometry.per_layer else 1)
     return ExpertCache(model.read_plans, reader, ReadQueue(reader), policy, geometry, spare)
 

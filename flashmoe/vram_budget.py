@@ -16,6 +16,7 @@ from flashmoe.sizes import format_bytes
 # The CUDA context, loaded kernels, cuBLAS's workspace and what torch's allocator rounds up
 # (docs/benchmarks.md).
 DRIVER_BYTES: Final = 1 << 30
+ALLOCATOR_BYTES: Final = 96 << 20  # what torch's allocator rounds up and leaves between tensors
 SPARE_SLOTS: Final = 16  # through which a prompt's experts pass and guesses come, where not all experts fit
 KEYS_MULTIPLE: Final = 128  # of a KV cache: flashmoe/gpu_attention.py
 
@@ -140,8 +141,7 @@ def vram_workspace_bytes(config: ModelConfig, context: int) -> int:
     hidden = 6 * 4 * tokens * c.hidden_size  # residual stream, norms, products of dense matrices
     attention = 3 * 4 * tokens * (heads + 2 * kv) + 2 * 2 * context * heads + 4 * tokens * context
     experts = tokens * c.num_experts_per_tok * (4 * c.hidden_size + 2 * c.moe_intermediate_size)
-    # A dense matrix unpacked to 16 bits, the largest of them the output's.
-    unpacked = 2 * c.hidden_size * max(heads + 2 * kv, width, c.vocab_size)
+    unpacked = 2 * c.hidden_size * max(heads + 2 * kv, width)  # a dense matrix, in 16 bits
     routing = 16 * tokens * (c.num_experts + c.num_experts_per_tok) * 4
     tables = 2 * 4 * context * c.head_dim + 16 * c.vocab_size
-    return hidden + attention + experts + unpacked + routing + tables
+    return hidden + attention + experts + unpacked + routing + tables + ALLOCATOR_BYTES

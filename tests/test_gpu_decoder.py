@@ -122,10 +122,8 @@ def test_logits_are_the_cpus_within_16_bit_rounding(family: str, tmp_path: Path)
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"mlp_only_layers": [1]},
         {"use_sliding_window": True, "sliding_window": 5},
         {"num_attention_heads": 4, "num_key_value_heads": 1, "tie_word_embeddings": True},
-        {"attention_bias": True},
     ],
 )
 def test_what_families_differ_in_is_the_same_on_both(overrides: dict[str, object], tmp_path: Path) -> None:
