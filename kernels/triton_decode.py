@@ -365,9 +365,19 @@ def _activate(gate, up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _expert(slot, arena, stride, ram, ram_stride, first_in_ram, IN_RAM: tl.constexpr):
+    """Where an expert lies: in a slot of VRAM, or from `first_in_ram` on of pinned RAM, read over PCIe."""
+    at = arena + slot.to(tl.int64) * stride
+    if IN_RAM:
+        at = tl.where(slot < first_in_ram, at, ram + (slot - first_in_ram).to(tl.int64) * ram_stride)
+    return at
+
+
+@triton.jit
 def _up_tiles(
-    x, slots, arena, stride, h, h_scales, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-    BITS: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    x, slots, arena, stride, ram, ram_stride, first_in_ram, h, h_scales, D: tl.constexpr, F: tl.constexpr, K:
+    tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr, IN_RAM:
+    tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """32 rows of gate and up of one pair a program: a group of its hidden activations, ready for down."""
     wait_for_inputs(PDL)
@@ -375,7 +385,7 @@ def _up_tiles(
     slot = tl.load(slots + pair)
     if slot >= 0:
         GROUPS: tl.constexpr = (F + 63) // 64 * 2
-        base = arena + slot.to(tl.int64) * stride
+        base = _expert(slot, arena, stride, ram, ram_stride, first_in_ram, IN_RAM)
         words, scales = load_tiles(base, 4 * group, 4 * GROUPS, 0, D, C, BITS, 4)
         y = tiles_product(
             words, scales, base, 4 * group, 4 * GROUPS, x + pair // K * D, x, x, D, 1, 4, C, BITS, False,
@@ -394,14 +404,16 @@ def _up_tiles(
 
 @triton.jit
 def _down_tiles(
-    h, h_scales, slots, arena, stride, products, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
-    R: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    h, h_scales, slots, arena, stride, ram, ram_stride, first_in_ram, products, D: tl.constexpr, F:
+    tl.constexpr, C: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, EXACT:
+    tl.constexpr, IN_RAM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R tiles of down of one pair a program."""
     pair, first = tl.program_id(0), tl.program_id(1) * R
     slot = tl.load(slots + pair)  # older than the kernel before this one
     WIDTH: tl.constexpr = (F + 63) // 64 * 64
-    base = arena + tl.maximum(slot, 0).to(tl.int64) * stride + OFFSET
+    base = _expert(tl.maximum(slot, 0), arena, stride, ram, ram_stride, first_in_ram, IN_RAM)
+    base += OFFSET
     last = tl.where(slot >= 0, (D + 15) // 16, 0)
     words, scales = load_tiles(base, first, last, 0, WIDTH, C, BITS, R)
     wait_for_inputs(PDL)
@@ -417,16 +429,16 @@ def _down_tiles(
 
 @triton.jit
 def _up_rows(
-    x, slots, arena, stride, h, GATE_SCALES: tl.constexpr, UP: tl.constexpr, UP_SCALES: tl.constexpr,
-    D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, C: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr,
-    ACTIVATION: tl.constexpr, PDL: tl.constexpr,
+    x, slots, arena, stride, ram, ram_stride, first_in_ram, h, GATE_SCALES: tl.constexpr, UP: tl.constexpr,
+    UP_SCALES: tl.constexpr, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, C: tl.constexpr, R:
+    tl.constexpr, FORMAT: tl.constexpr, ACTIVATION: tl.constexpr, IN_RAM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R rows of gate and of up of one pair a program."""
     wait_for_inputs(PDL)
     pair, first = tl.program_id(0), tl.program_id(1) * R
     slot = tl.load(slots + pair)
     if slot >= 0:
-        base = arena + slot.to(tl.int64) * stride
+        base = _expert(slot, arena, stride, ram, ram_stride, first_in_ram, IN_RAM)
         x += pair // K * D
         g, g_scales = load_block(base, base + GATE_SCALES, first, F, 0, D, C, R, FORMAT)
         u, u_scales = load_block(base + UP, base + UP_SCALES, first, F, 0, D, C, R, FORMAT)
@@ -442,13 +454,15 @@ def _up_rows(
 
 @triton.jit
 def _down_rows(
-    h, slots, arena, stride, products, DOWN: tl.constexpr, DOWN_SCALES: tl.constexpr, D: tl.constexpr,
-    F: tl.constexpr, C: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr, PDL: tl.constexpr,
+    h, slots, arena, stride, ram, ram_stride, first_in_ram, products, DOWN: tl.constexpr, DOWN_SCALES:
+    tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr,
+    IN_RAM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R rows of down of one pair a program."""
     pair, first = tl.program_id(0), tl.program_id(1) * R
     slot = tl.load(slots + pair)  # older than the kernel before this one
-    base = arena + tl.maximum(slot, 0).to(tl.int64) * stride + DOWN
+    base = _expert(tl.maximum(slot, 0), arena, stride, ram, ram_stride, first_in_ram, IN_RAM)
+    base += DOWN
     scale_base = base + (DOWN_SCALES - DOWN)
     last = tl.where(slot >= 0, D, 0)
     weights, scales = load_block(base, scale_base, first, last, 0, F, C, R, FORMAT)
@@ -506,45 +520,53 @@ class ExpertDecode:
         self.up_shape = launch_shape("up", format, hidden)
         self.down_shape = launch_shape("down", format, width)
 
-    def run(self, h: Tensor, slots: Tensor, arena: Tensor) -> None:
+    def run(self, h: Tensor, slots: Tensor, arena: Tensor, ram: Tensor | None = None) -> None:
         """products[p] = expert in slot slots[p] of h[p // K], for every place p with slots[p] >= 0.
 
         h [T, D] fp32, slots int32 [T * K], arena uint8 [slots, stride]. Rows of skipped places stay as they
-        are.
+        are. ram uint8 [slots, stride], in RAM that the driver has pinned: slots len(arena) and beyond, which
+        are read over PCIe.
         """
         pairs = slots.numel()
         assert h.is_contiguous() and pairs == len(h) * self.top_k <= len(self.products)
         assert arena.is_contiguous() and arena.shape[1] % 16 == 0
-        self.up(h, slots, arena)
-        self.down(slots, arena)
+        assert ram is None or (ram.is_contiguous() and ram.shape[1] % 16 == 0)
+        self.up(h, slots, arena, ram)
+        self.down(slots, arena, ram)
 
-    def up(self, h: Tensor, slots: Tensor, arena: Tensor) -> None:
+    def up(self, h: Tensor, slots: Tensor, arena: Tensor, ram: Tensor | None = None) -> None:
         """The first half of `run`: hidden activations into the workspace."""
         rows, warps, columns = self.up_shape
+        where = _slots(arena, ram)
         if self.format in expert_slots.BITS:
             _up_tiles[(slots.numel(), triton.cdiv(self.width, 64) * 2)](
-                h, slots, arena, arena.stride(0), self._codes, self._scales, K=self.top_k, C=columns,
-                ACTIVATION=self.activation, num_warps=warps, **self._constants,
+                h, slots, *where, self._codes, self._scales, K=self.top_k, C=columns,
+                ACTIVATION=self.activation, num_warps=warps, IN_RAM=ram is not None,
+                **self._constants,
             )  # fmt: skip
         else:
             _up_rows[(slots.numel(), triton.cdiv(self.width, rows))](
-                h, slots, arena, arena.stride(0), self._codes, GATE_SCALES=self._at.gate_scales,
+                h, slots, *where, self._codes, GATE_SCALES=self._at.gate_scales,
                 UP=self._at.up, UP_SCALES=self._at.up_scales, K=self.top_k, C=columns, R=rows,
-                ACTIVATION=self.activation, num_warps=warps, **self._constants,
+                ACTIVATION=self.activation, num_warps=warps, IN_RAM=ram is not None,
+                **self._constants,
             )  # fmt: skip
 
-    def down(self, slots: Tensor, arena: Tensor) -> None:
+    def down(self, slots: Tensor, arena: Tensor, ram: Tensor | None = None) -> None:
         """The second: products."""
         rows, warps, columns = self.down_shape
+        where = _slots(arena, ram)
         if self.format in expert_slots.BITS:
             _down_tiles[(slots.numel(), triton.cdiv(self.hidden, 16 * rows))](
-                self._codes, self._scales, slots, arena, arena.stride(0), self.products, C=columns, R=rows,
-                OFFSET=self._at.down, num_warps=warps, **self._constants,
+                self._codes, self._scales, slots, *where, self.products, C=columns, R=rows,
+                OFFSET=self._at.down, num_warps=warps, IN_RAM=ram is not None,
+                **self._constants,
             )  # fmt: skip
         else:
             _down_rows[(slots.numel(), triton.cdiv(self.hidden, rows))](
-                self._codes, slots, arena, arena.stride(0), self.products, DOWN=self._at.down,
-                DOWN_SCALES=self._at.down_scales, C=columns, R=rows, num_warps=warps, **self._constants,
+                self._codes, slots, *where, self.products, DOWN=self._at.down,
+                DOWN_SCALES=self._at.down_scales, C=columns, R=rows, num_warps=warps, IN_RAM=ram is not None,
+                **self._constants,
             )  # fmt: skip
 
     def combine(self, weights: Tensor, x: Tensor) -> None:
@@ -560,6 +582,12 @@ class ExpertDecode:
         if self.format in expert_slots.BITS:
             return {**shared, "BITS": expert_slots.BITS[self.format], "EXACT": self.exact}
         return {**shared, "FORMAT": self.format}
+
+
+def _slots(arena: Tensor, ram: Tensor | None) -> tuple[Tensor, int, Tensor, int, int]:
+    """As the kernels take them."""
+    below = arena if ram is None else ram
+    return arena, arena.stride(0), below, below.stride(0), len(arena)
 
 
 # ---- launch configurations ---------------------------------------------------------------------------------

@@ -318,6 +318,22 @@ def test_late_experts_give_the_bits_of_all_at_once_and_skipped_rows_stay(format:
     assert torch.equal(result(layer, experts, late), at_once)
 
 
+@pytest.mark.parametrize("format", ["int4", "int8", "bf16", "fp8", "mxfp4"])
+def test_experts_read_in_place_from_ram_give_the_bits_of_those_in_slots(format: str) -> None:
+    layer = Layer(format, 64, 32, 2, experts=5, top_k=3)
+    at_once = result(layer, decode(layer, format), layer.slots)
+    x, arena, weights = on_device(layer.x, layer.arena[:3], layer.weights)
+    # The others are in RAM, in wider slots.
+    ram = torch.zeros(3, layer.arena.shape[1] + 64, dtype=torch.uint8)
+    ram[:, : layer.arena.shape[1]] = layer.arena[3:]
+    if DEVICE == "cuda":
+        ram = ram.pin_memory()
+    experts, y = decode(layer, format), torch.zeros_like(x)
+    experts.run(x, layer.slots.to(DEVICE), arena, ram)
+    experts.combine(weights, y)
+    assert torch.equal(y.cpu(), at_once)
+
+
 def test_activations_have_the_names_of_the_cpu_library() -> None:
     assert set(ACTIVATIONS) == set(native.ACTIVATIONS)
 

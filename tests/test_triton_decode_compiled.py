@@ -24,6 +24,7 @@ POINTERS = {
     "base": "*u8", "arena": "*u8", "slots": "*i32", "ids": "*i32", "table": "*i32", "missed": "*i32",
     "position": "*i32", "keys": "*bf16", "values": "*bf16", "q_out": "*bf16",
     "eps": "fp32", "clip": "fp32", "rows": "i32", "layer": "i32", "stride": "i64",
+    "ram": "*u8", "ram_stride": "i64", "first_in_ram": "i32",
 }  # fmt: skip
 
 
@@ -31,7 +32,7 @@ def kernels(pdl: bool) -> dict[str, tuple[str, dict[str, Any], int]]:
     """Name -> kernel, constants, warps: a Qwen3-30B-A3B layer, in the shapes that are launched."""
     from kernels import triton_decode as module
 
-    qwen = {"D": 2048, "F": 768, "PDL": pdl}
+    qwen = {"D": 2048, "F": 768, "IN_RAM": True, "PDL": pdl}  # where weights are read from matters to loads
     dense = {"COLUMNS": 2048, "T": 1, "PADDED": 2048, "NORM": True, "BIAS": False, "RESIDUAL": False}
     dense |= {"PDL": pdl}
     found: dict[str, tuple[str, dict[str, Any], int]] = {}
@@ -84,7 +85,7 @@ def compile_all(sm: int) -> dict[str, dict[str, Any]]:
         aligned = {
             (i,): [["tt.divisibility", 16]]
             for i, argument in enumerate(kernel.arg_names)
-            if signature[argument][0] == "*" or argument in ("stride", "rows")
+            if signature[argument][0] == "*" or argument in ("stride", "ram_stride", "rows")
         }
         values = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
         source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
