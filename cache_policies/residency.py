@@ -99,6 +99,10 @@ class Residency:
         surplus = len(self._pools[layer]) + len(self.held) + coming - self.geometry.capacity
         return self._evict(layer, surplus) if surplus > 0 else []
 
+    def is_full(self, layer: int) -> bool:
+        """Whether who comes to this layer displaces somebody."""
+        return len(self._pools[layer]) + len(self.held) >= self.geometry.capacity
+
     def make_room_for(self, key: ExpertId) -> list[ExpertId] | None:
         """Admit an expert that no event waits for, if the policy prefers it to a resident -> the victims,
         none of them held; None if it stays outside."""

@@ -105,6 +105,7 @@ class ExpertCache:
         self._residents: dict[ExpertId, _Resident] = {}
         self._copies: dict[ExpertId, None] = {}  # residents that the tier above has, too: the oldest first
         self._before_reuse: Callable[[ExpertId], None] = _no_wait
+        self._moved: Callable[[ExpertId, int], None] = _no_watch
         self._in_flight: dict[ExpertId, _Read] = {}  # that the event waits for
         self._guesses: dict[ExpertId, _Read] = {}  # in flight
         self._staged: dict[ExpertId, _Resident] = {}  # guesses that have arrived
@@ -267,13 +268,16 @@ class ExpertCache:
         assert self._arena is not None, "this reader has no slots"
         return ctypes.addressof(ctypes.c_char.from_buffer(self._arena)), self._arena.nbytes
 
-    def serve_above(self, capacity: int, before_reuse: Callable[[ExpertId], None]) -> None:
+    def serve_above(
+        self, capacity: int, before_reuse: Callable[[ExpertId], None], moved: Callable[[ExpertId, int], None]
+    ) -> None:
         """Be the lower of two tiers from now on; empty yet. `capacity`: the upper one's, as its geometry
-        counts it. `before_reuse` waits until nobody reads or writes an expert's slot."""
+        counts it. `before_reuse` waits until nobody reads or writes an expert's slot; `moved` is told when one
+        is in a slot, or -1: not any more."""
         assert not self._residents, "this tier has been used by itself"
         r = self._residency
         self._residency = self._lower = LowerTier(r.policy, r.geometry, r.spare, capacity)
-        self._before_reuse = before_reuse
+        self._before_reuse, self._moved = before_reuse, moved
 
     @property
     def lower(self) -> LowerTier:
@@ -287,6 +291,11 @@ class ExpertCache:
 
     def addresses(self, key: ExpertId) -> Addresses:
         return self._residents[key].addresses
+
+    def slot(self, key: ExpertId) -> int:
+        """Where an expert is, -1 if it is in no slot."""
+        resident = self._residents.get(key)
+        return -1 if resident is None else resident.slot
 
     def read_early(self, keys: Iterable[ExpertId]) -> None:
         """Ask for reads of the event that begins, as far as slots are free or hold copies: the drive need not
@@ -389,11 +398,12 @@ class ExpertCache:
             copy = next(iter(self._copies))
             del self._copies[copy]
             slot = self._residents.pop(copy).slot
+            self._moved(copy, -1)
         buffer = self._buffers[slot]
         assert buffer is not None
         addresses = _addresses([buffer[begin : begin + size] for begin, size in self._plans[key].parts])
         copy_out(addresses)
-        self._residents[key] = _Resident(slot, addresses)
+        self._settle_in(key, _Resident(slot, addresses))
 
     def end_event(self) -> None:
         """The event is over; see `_end_event`."""
@@ -437,7 +447,7 @@ class ExpertCache:
     def _was_guessed(self, key: ExpertId) -> bool:
         """Whether a miss is in memory already, or on its way."""
         if (staged := self._staged.pop(key, None)) is not None:
-            self._residents[key] = staged
+            self._settle_in(key, staged)
             self._residency.arrived(key)
             self.counters.prefetch_hits += 1
         elif (read := self._guesses.pop(key, None)) is not None:
@@ -488,6 +498,7 @@ class ExpertCache:
         if resident is not None:
             self._before_reuse(key)
             del self._residents[key]
+            self._moved(key, -1)
             self._copies.pop(key, None)
             self._reader.release(self._plans[key])
             self._free.append(resident.slot)
@@ -565,8 +576,12 @@ class ExpertCache:
             self._free.append(read.slot)
             assert completion.error is not None
             raise completion.error
-        self._residents[read.key] = _Resident(read.slot, _addresses(completion.views))
+        self._settle_in(read.key, _Resident(read.slot, _addresses(completion.views)))
         return read.key
+
+    def _settle_in(self, key: ExpertId, resident: _Resident) -> None:
+        self._residents[key] = resident
+        self._moved(key, resident.slot)
 
     def _end_event(self) -> None:
         """No read in flight, nothing held; also after an event that an error or Ctrl-C cut short."""
@@ -617,6 +632,10 @@ class ExpertCache:
 
 def _no_wait(key: ExpertId) -> None:
     """Nobody but the computation reads a slot."""
+
+
+def _no_watch(key: ExpertId, slot: int) -> None:
+    """Nobody wants to know in which slot an expert is."""
 
 
 def _addresses(views: Sequence[memoryview]) -> Addresses:

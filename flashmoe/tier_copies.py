@@ -9,24 +9,37 @@ Knows nothing about who is resident.
 
 from collections import deque
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Final
 
 from flashmoe.copy_engine import CopyEngine, Ticket
-from flashmoe.expert_cache import ExpertCache
+from flashmoe.expert_cache import CacheCounters, ExpertCache
 from flashmoe.weights import ExpertId
 from kernels.expert_ffn import Addresses
 
 REMEMBERED: Final = 256  # copies, before those that have ended are forgotten
 
 
+@dataclass(slots=True)
+class VramCounters(CacheCounters):
+    """`hits` and `misses` are VRAM's; reads, their bytes and the time waited for them are RAM's below, as of
+    the last event's end. `prefetch_*`: guesses copied to VRAM."""
+
+    ram_hits: int = 0  # of the misses, those that RAM held
+    cpu_experts: int = 0  # of the misses, those computed on the CPU
+    in_place: int = 0  # of the misses, those that the GPU has read in RAM
+    promoted: int = 0  # of these, those copied to VRAM afterwards
+    bytes_in: int = 0  # over PCIe: copied, or read in place
+    bytes_out: int = 0
+
+
 class TierCopies:
     """Free VRAM slots, experts on their way down, and the copies under way."""
 
-    def __init__(self, engine: CopyEngine, ram: ExpertCache, slots: int) -> None:
-        self.bytes_in = self.bytes_out = 0
+    def __init__(self, engine: CopyEngine, ram: ExpertCache, slots: int, counters: VramCounters) -> None:
         self.free = deque(range(slots))  # first in, first out: the first has long been copied out
         self.falling: deque[tuple[ExpertId, int]] = deque()  # what goes down, and its slot until then
-        self._engine, self._ram, self._slots = engine, ram, slots
+        self._engine, self._ram, self._slots, self._counters = engine, ram, slots, counters
         self._newest: dict[ExpertId, Ticket] = {}  # the last copy from or to an expert's RAM slot
         self._emptying: dict[int, Ticket] = {}  # slots that are being copied out
         self._last_in: Ticket = 0
@@ -41,7 +54,7 @@ class TierCopies:
                 self._engine.copies_in_wait(reading)
         self._engine.copy_in(slot, self._ram.addresses(key))
         self._last_in = self._newest[key] = self._engine.mark()
-        self.bytes_in += self._engine.expert_bytes
+        self._counters.bytes_in += self._engine.expert_bytes
         return slot, self._last_in
 
     def let_fall(self) -> None:
@@ -75,5 +88,5 @@ class TierCopies:
         self._engine.copies_out_wait(self._last_in)  # it may have filled this slot, or read the RAM slot
         self._ram.fall(key, lambda addresses: self._engine.copy_out(slot, addresses))
         self._newest[key] = self._emptying[slot] = self._engine.mark_out()
-        self.bytes_out += self._engine.expert_bytes
+        self._counters.bytes_out += self._engine.expert_bytes
         self.free.append(slot)

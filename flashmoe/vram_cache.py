@@ -12,7 +12,6 @@ The caller promises that when an event begins, what the GPU was given for earlie
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,26 +19,17 @@ from numpy.typing import NDArray
 from cache_policies.policy import CachePolicy, Geometry
 from cache_policies.residency import ChunkPlan, Residency
 from flashmoe.copy_engine import CopyEngine, Ticket
-from flashmoe.expert_cache import CacheCounters, ExpertCache
+from flashmoe.expert_cache import ExpertCache
 from flashmoe.expert_placement import Placement
-from flashmoe.tier_copies import TierCopies
+from flashmoe.tier_copies import TierCopies, VramCounters
 from flashmoe.weights import ExpertId
 from kernels.expert_ffn import Addresses
 
 ABSENT = -1  # in the table
 GROUP = 16  # experts of a prompt that are computed together, at most
+# Experts copied to VRAM after they were read in place, as a share of those read: both share PCIe.
+PROMOTED_SHARE = 0.25
 IDLE_COPIES = 8  # idle time of PCIe that is remembered, in copies of one expert
-
-
-@dataclass(slots=True)
-class VramCounters(CacheCounters):
-    """`hits` and `misses` are VRAM's; reads, their bytes and the time waited for them are RAM's below.
-    `prefetch_*`: guesses copied to VRAM."""
-
-    ram_hits: int = 0  # of the misses, those that RAM held
-    cpu_experts: int = 0  # of the misses, those computed on the CPU
-    bytes_in: int = 0
-    bytes_out: int = 0
 
 
 _Seen = tuple[Sequence[float], Sequence[float] | None, int]  # weights, scores, token of an event
@@ -58,11 +48,14 @@ class VramCache:
         table: NDArray[np.int32],
         placement: Placement | None,
         spare: int,
+        in_place: bool = False,
     ) -> None:
         """`ram` is empty yet, and closed with this. `table` [layers with experts, E] is filled with each
-        expert's slot or -1. `spare`: slots beyond the policy's capacity, for what is on its way."""
-        self.policy, self.ram, self.placement = policy, ram, placement
-        self._counters = VramCounters()
+        expert's slot or -1. `spare`: slots beyond the policy's capacity, for what is on its way. `in_place`:
+        the GPU computes with what is in RAM as it lies; the table says `engine.slots` + its RAM slot."""
+        self.policy, self.ram, self.placement = policy, ram, None if in_place else placement
+        self.in_place, self._first = in_place, engine.slots
+        self.counters = VramCounters()
         self._up = Residency(policy, geometry, spare)
         self.slots = self._up.slots + spare
         self._experts = geometry.layers * geometry.experts
@@ -72,28 +65,24 @@ class VramCache:
         self._ordinals = {layer: ordinal for ordinal, layer in enumerate(ram.layers)}
         self._pinned = ram.arena
         engine.pin(*self._pinned)
-        self._copies = TierCopies(engine, ram, self.slots)
-        ram.serve_above(geometry.capacity, self._copies.wait_for)
+        self._copies = TierCopies(engine, ram, self.slots, self.counters)
+        ram.serve_above(geometry.capacity, self._copies.wait_for, self._moved_below)
         self._evicts = self._up.slots < self._experts
         self._slots: dict[ExpertId, int] = {}  # of residents, also those whose copy is on its way
-        self._ready: dict[int, set[int]] = {layer: set() for layer in ram.layers}  # those in the table
+        self._ready: dict[int, set[int]] = {layer: set() for layer in ram.layers}  # what the table has
         self._ready_of = list(self._ready.values())  # by ordinal
         self._unlisted: dict[ExpertId, Ticket] = {}  # residents not in the table yet, and their copies
         self._staged: dict[ExpertId, tuple[int, Ticket]] = {}  # guesses: slot, copy
         self._idle_s = 0.0  # of PCIe by the cost model: for what the CPU computed and VRAM should have
         self._wanted: tuple[list[ExpertId], int] | None = None  # guesses that wait for the event's end
+        self._used_in_place: dict[ExpertId, None] = {}  # since the last promotions
+        self._promoting: list[tuple[ExpertId, int, Ticket, list[ExpertId]]] = []  # who, slot, copy, victims
+        self._promotable = 0.0  # what may still be copied beside reading in place, in experts
+        self._promoted_layer = 0  # whose turn was last
         self._chunk: ChunkPlan | None = None
         self._open = False  # an event has begun and not been settled
         self._event = 0  # counts up: a generator left over from an earlier event must not end a later one
         table.fill(ABSENT)
-
-    @property
-    def counters(self) -> VramCounters:
-        """What happened so far; add to `hits` for events that were not shown."""
-        mine, ram = self._counters, self.ram.counters
-        mine.bytes_read, mine.stall_s, mine.read_s = ram.bytes_read, ram.stall_s, ram.read_s
-        mine.bytes_in, mine.bytes_out = self._copies.bytes_in, self._copies.bytes_out
-        return mine
 
     @property
     def resident(self) -> frozenset[ExpertId]:
@@ -120,16 +109,32 @@ class VramCache:
         token: int = -1,
     ) -> None:
         """Book an event whose experts were all in the table. Changes no table."""
+        self.hit_events(token, (layer,), (ids,), (weights,), None if scores is None else (scores,))
+
+    def hit_events(
+        self,
+        token: int,
+        layers: Sequence[int],
+        ids: Sequence[Sequence[int]],
+        weights: Sequence[Sequence[float]],
+        scores: Sequence[Sequence[float]] | None = None,
+    ) -> None:
+        """Book such events of some layers of a token: ids and weights [layers][K], scores [layers][E]."""
         self._end_event()
-        ordinal = self._ordinals[layer]
-        self._counters.hits += len(ids)
         self._open = True
-        self._observe_below(ordinal, ids, (weights, scores, token))
-        if self._evicts:
-            self._up.look_up(ordinal, ids, weights, scores, token)
-            self._up.settle()
-        self._give_up_guesses(ordinal)
-        self._open = False
+        for i, layer in enumerate(layers):
+            ordinal, routed = self._ordinals[layer], ids[i]
+            seen = (weights[i], None if scores is None else scores[i], token)
+            self._observe_below(ordinal, routed, seen)
+            if self._evicts:
+                self.policy.step(ordinal, routed, *seen)
+            lacking: list[ExpertId] = []
+            if self.in_place:
+                lacking = [key for expert in routed if (key := (ordinal, expert)) not in self._slots]
+                self._note_in_place(lacking, len(lacking))
+            self.counters.hits += len(routed) - len(lacking)
+            self._give_up_guesses(ordinal)
+        self._close_event()
 
     def fetch(
         self,
@@ -144,23 +149,25 @@ class VramCache:
         """
         recovered = self._begin_event()
         ordinal = self._ordinals[layer]
-        missing = [key for expert in ids if (key := (ordinal, expert)) not in self._slots]
+        keys = [(ordinal, expert) for expert in ids]
+        missing = [key for key in keys if key not in self._slots]
         below = self.ram.lower
         in_ram = [key for key in missing if key in below]
-        if len(in_ram) < len(missing):
-            at_hand = {*in_ram, *self._staged}
-            self.ram.read_early(key for key in missing if key not in at_hand)
+        reads = [key for key in missing if key not in below and key not in self._staged]
+        if reads:
+            self.ram.read_early(reads)
         on_cpu = in_ram[len(in_ram) - self._share_of_cpu(len(in_ram)) :]
-        self._counters.hits += len(ids) - len(missing)
-        self._counters.misses += len(missing)
-        self._counters.ram_hits += len(in_ram)
-        self._counters.cpu_experts += len(on_cpu)
-        self.ram.counters.hits += len(in_ram)
-        self.ram.counters.misses += len(missing) - len(in_ram)
+        self.counters.hits += len(ids) - len(missing)
+        self.counters.cpu_experts += len(on_cpu)
+        if self.in_place:
+            self._note_in_place(missing, len(in_ram))
+        else:
+            self._note_misses(len(missing), len(in_ram))
         # What the table holds again after an error, the GPU may have looked for in vain.
-        on_its_way = self._slots if recovered else self._unlisted
-        waiting = [key for expert in ids if (key := (ordinal, expert)) in on_its_way]
-        event = MissEvent(self, ordinal, ids, (weights, scores, token), missing, on_cpu, waiting)
+        listed = self._ready[layer] if recovered else ()
+        waiting = [key for key in keys if key in self._unlisted or key[1] in listed]
+        rising = [] if self.in_place else [key for key in missing if key not in on_cpu]
+        event = MissEvent(self, ordinal, ids, (weights, scores, token), missing, rising, on_cpu, waiting)
         for key in event.rising:
             if key in self._staged:
                 self._take_guess(key)
@@ -169,9 +176,55 @@ class VramCache:
             else:
                 continue
             waiting.append(key)
-        if any(key not in self._slots for key in event.rising):
+        if reads or any(key not in self._slots for key in event.rising):
             self._decide(event)
+            if self.in_place:  # guesses that RAM had ready
+                waiting += [key for key in reads if self.ram.holds(key)]
         return event
+
+    def promote(self) -> None:
+        """Copy what was computed in place to free slots, as far as VRAM's policy prefers it to a resident:
+        while the GPU runs the next token, which sees nothing of it before `commit`.
+
+        What would displace others is limited: the copies share PCIe with what is read in place.
+        """
+        if not self._used_in_place:
+            return
+        self._begin_event()
+        used, self._used_in_place = self._used_in_place, {}
+        self._promotable = min(self._promotable + PROMOTED_SHARE * len(used), float(self._up.spare))
+        layers, first = len(self._ready_of), self._promoted_layer + 1
+        for key in sorted(used, key=lambda key: (key[0] - first) % layers):  # each layer in its turn
+            if not self._copies.free:
+                break
+            if self._up.is_full(key[0]) and self._promotable < 1:
+                continue
+            if key in self._up or key in self._slots or not self.ram.holds(key):
+                continue
+            leaving = self._up.make_room_for(key)
+            if leaving is not None:
+                self._promoting.append((key, *self._copies.up(key), leaving))
+                self._promotable -= bool(leaving)
+                self._promoted_layer = key[0]
+        self._close_event()
+
+    def commit(self) -> None:
+        """Enter in the table what `promote` has copied, and take out what it displaces. The GPU must be
+        idle."""
+        if not self._promoting:
+            return
+        self._begin_event()
+        self._engine.wait(self._promoting[-1][2])
+        for key, slot, _, leaving in self._promoting:
+            self._leave(leaving, self.ram.begin_below([key], [key], leaving, [key]))
+            self._slots[key] = slot
+            self._enter(key, slot)
+            self.ram.copied(key)
+            self.ram.end_event()
+        self.counters.promoted += len(self._promoting)
+        self._promoting.clear()
+        self._let_fall()
+        self._close_event()
 
     def prefetch(self, guesses: Iterable[ExpertId], at_most: int) -> None:
         """Copy guesses that are in RAM to spare slots, and have the others read into RAM's, in the order
@@ -182,7 +235,7 @@ class VramCache:
         else:
             self._begin_event()
             self._send_guesses(keys, at_most)
-            self._open = False
+            self._close_event()
 
     # A prompt
 
@@ -210,6 +263,7 @@ class VramCache:
         one must have been enqueued. `experts`: each once, in `serving_order`. Raises ReadError; both tiers
         stay usable.
         """
+        self.commit()
         self._begin_event()
         self._drop_guesses(self._staged)
         ordinal = self._ordinals[layer]
@@ -219,18 +273,18 @@ class VramCache:
             ordinal, plan.passing, plan.staying, [*plan.victims, *leaving]
         )
         here = deque(key for key in (*plan.staying, *plan.passing) if self.ram.holds(key))
-        self._counters.hits += len(plan.hits)
-        self._counters.misses += len(here) + len(reads)
-        self._counters.ram_hits += len(here)
+        self.counters.hits += len(plan.hits)
+        self.counters.misses += len(here) + len(reads)
+        self.counters.ram_hits += len(here)
         self._engine.copies_wait_for_compute()
         self._leave(plan.victims, down)
         with self._recovering():
             yield from self._groups(plan, down, here, deque(reads))
-            self._copies.let_fall()
+            self._let_fall()
             self._up.chunk_served(plan)
             self._chunk = None
             self.ram.end_event()
-            self._open = False
+            self._close_event()
 
     def _groups(
         self, plan: ChunkPlan, down: Collection[ExpertId], here: deque[ExpertId], reads: deque[ExpertId]
@@ -282,11 +336,12 @@ class VramCache:
 
     def evict_all(self) -> None:
         """Empty every slot of both tiers, for a cold start; the policies keep what they learnt."""
+        self.commit()
         self._begin_event()
         self._drop_guesses(self._staged)
         self._leave(self._up.evict_all(), ())
         self.ram.evict_all()
-        self._open = False
+        self._close_event()
 
     def close(self) -> None:
         """Stop copying and reading, and give the memory back."""
@@ -295,6 +350,11 @@ class VramCache:
         self._engine.unpin(self._pinned[0])
         self._engine.close()
         self.ram.close()
+
+    def _close_event(self) -> None:
+        mine, ram = self.counters, self.ram.counters
+        mine.bytes_read, mine.stall_s, mine.read_s = ram.bytes_read, ram.stall_s, ram.read_s
+        self._open = False
 
     def _begin_event(self) -> bool:
         """Whether the one before had to be ended."""
@@ -315,6 +375,7 @@ class VramCache:
         self._up.recover(self._slots)
         self._slots = {key: slot for key, slot in self._slots.items() if key in self._up}
         self._staged.clear()
+        self._promoting.clear()
         self._copies.recover(set(self._slots.values()))
         self._table.fill(ABSENT)
         for ready in self._ready.values():
@@ -322,6 +383,8 @@ class VramCache:
         self._unlisted = dict.fromkeys(self._slots, 0)
         self._list(self._slots)
         self.ram.reconcile(self._slots)
+        for key in self.ram.lower.residents:
+            self._moved_below(key, self.ram.slot(key))
         self._wanted = None
         self._open = False
         return True
@@ -341,13 +404,13 @@ class VramCache:
         if not event.is_decided:
             self._decide(event)
         self.ram.end_event()
-        self._copies.let_fall()
+        self._let_fall()
         self._promote(event.on_cpu)
         self._up.settle()
         if self._wanted is not None:
             wanted, self._wanted = self._wanted, None
             self._send_guesses(*wanted)
-        self._open = False
+        self._close_event()
 
     # Who goes and who comes
 
@@ -408,16 +471,47 @@ class VramCache:
             self._slots[key], self._unlisted[key] = self._copies.up(key)
             self.ram.copied(key)
             self.ram.end_event()
-            self._copies.let_fall()
+            self._let_fall()
+
+    def _note_misses(self, misses: int, in_ram: int) -> None:
+        self.counters.misses += misses
+        self.counters.ram_hits += in_ram
+        self.ram.counters.hits += in_ram
+        self.ram.counters.misses += misses - in_ram
+
+    def _note_in_place(self, used: Collection[ExpertId], in_ram: int) -> None:
+        self._note_misses(len(used), in_ram)
+        self.counters.in_place += len(used)
+        self.counters.bytes_in += len(used) * self._engine.expert_bytes
+        self._used_in_place.update(dict.fromkeys(used))
+
+    def _let_fall(self) -> None:
+        """Copy down what is to go; the GPU may then read it there."""
+        self._copies.let_fall()
+        if self.in_place:
+            self._engine.compute_waits(self._engine.mark_out())
+
+    def _enter(self, key: ExpertId, slot: int) -> None:
+        """Say in the table where an expert is."""
+        layer, expert = key
+        self._table[layer, expert] = slot
+        if slot == ABSENT:
+            self._ready_of[layer].discard(expert)
+        else:
+            self._ready_of[layer].add(expert)
+
+    def _moved_below(self, key: ExpertId, slot: int) -> None:
+        """An expert is in a slot of RAM, or -1: not any more."""
+        if self.in_place and (key not in self._slots or key in self._unlisted):
+            self._enter(key, ABSENT if slot < 0 else self._first + slot)
 
     def _leave(self, leaving: Iterable[ExpertId], down: Collection[ExpertId]) -> None:
         """Give slots up: at once, or of those that go `down`, when they have been copied out."""
         for key in leaving:
             slot = self._slots.pop(key)
             self._unlisted.pop(key, None)
-            layer, expert = key
-            self._table[layer, expert] = ABSENT
-            self._ready_of[layer].discard(expert)
+            self._enter(key, ABSENT)
+            self._moved_below(key, self.ram.slot(key))
             if key in down:
                 self._copies.falling.append((key, slot))
             else:
@@ -430,10 +524,9 @@ class VramCache:
             return
         self._engine.compute_waits(max(self._unlisted[key] for key in new))
         for key in new:
-            if (slot := self._slots.get(key)) is not None:
-                self._table[key] = slot
-                self._ready_of[key[0]].add(key[1])
             del self._unlisted[key]
+            if (slot := self._slots.get(key)) is not None:
+                self._enter(key, slot)
 
     # Guesses
 
@@ -447,9 +540,9 @@ class VramCache:
                 continue
             if not self.ram.holds(key):
                 below.append((self.ram.layers[key[0]], key[1]))
-            elif room > 0:
+            elif room > 0 and not self.in_place:
                 self._staged[key] = self._copies.up(key)
-                self._counters.prefetch_issued += 1
+                self.counters.prefetch_issued += 1
                 room, at_most = room - 1, at_most - 1
         if below and at_most > 0:
             self.ram.prefetch(below, at_most)
@@ -459,8 +552,8 @@ class VramCache:
         self._slots[key], ticket = self._staged.pop(key)
         self._unlisted[key] = ticket
         late = not self._engine.is_done(ticket)
-        self._counters.prefetch_late += late
-        self._counters.prefetch_hits += not late
+        self.counters.prefetch_late += late
+        self.counters.prefetch_hits += not late
 
     def _give_up_guesses(self, ordinal: int) -> None:
         """What a layer whose event has begun has not asked for."""
@@ -472,8 +565,8 @@ class VramCache:
         for key in list(keys):
             slot, _ = self._staged.pop(key)
             self._copies.free.append(slot)
-            self._counters.prefetch_wasted += 1
-            self._counters.prefetch_bytes_wasted += self._engine.expert_bytes
+            self.counters.prefetch_wasted += 1
+            self.counters.prefetch_bytes_wasted += self._engine.expert_bytes
 
 
 class MissEvent:
@@ -481,12 +574,12 @@ class MissEvent:
 
     def __init__(
         self, cache: VramCache, ordinal: int, ids: Sequence[int], seen: _Seen, missing: Sequence[ExpertId],
-        on_cpu: Sequence[ExpertId], waiting: list[ExpertId],
+        rising: Sequence[ExpertId], on_cpu: Sequence[ExpertId], waiting: list[ExpertId],
     ) -> None:  # fmt: skip
         """`waiting`: what has a slot and has not been told to the caller; the cache adds to it."""
-        self.ordinal, self.ids, self.seen, self.missing, self.on_cpu = ordinal, ids, seen, missing, on_cpu
-        self.rising = [key for key in missing if key not in on_cpu]
-        self.waiting, self.is_decided = waiting, False
+        self.ordinal, self.ids, self.seen, self.missing = ordinal, ids, seen, missing
+        self.rising, self.on_cpu, self.waiting = rising, on_cpu, waiting
+        self.is_decided = False
         self._cache = cache
         self._places = {(ordinal, expert): place for place, expert in enumerate(ids)}
         self.cpu: list[tuple[int, Addresses]] = [
@@ -503,15 +596,16 @@ class MissEvent:
         cache = self._cache
         while True:
             if self.waiting:
-                batch = [(self._places[key], cache._slots[key]) for key in self.waiting]
                 cache._list(self.waiting)
+                batch = [(self._places[key], int(cache._table[key])) for key in self.waiting]
                 self.waiting.clear()
                 yield batch
             if not cache.ram.is_reading:
                 return
             with cache._recovering():
                 for key in cache.ram.arrivals():
-                    cache._bring(key)
+                    if not cache.in_place:
+                        cache._bring(key)
                     self.waiting.append(key)
 
     def settle(self) -> None:

@@ -4,6 +4,7 @@
 somebody waits for it, or at random: whatever is not ordered by the code under test goes wrong here.
 """
 
+import ctypes
 import random
 import sys
 from collections import deque
@@ -114,7 +115,9 @@ class LazyEngine(HostCopyEngine):
         self.pinned.remove(address)
 
     def check(self, slot: int, number: float) -> None:
-        assert set(self._arena[slot, :EXPERT_BYTES].view(torch.float32).tolist()) == {number}
+        below = slot - self.slots
+        at = self._arena[slot].data_ptr() if below < 0 else self.pinned[0] + 4096 * below
+        assert set((ctypes.c_float * (EXPERT_BYTES // 4)).from_address(at)) == {number}
 
     def compute_with(self, slot: int, number: float) -> None:
         """Check the slot's bytes when the GPU gets there."""
@@ -160,6 +163,7 @@ class Tiers:
     engine: LazyEngine | RealEngine
     table: np.ndarray
     after_error: bool = False  # an event was cut short, and none has begun since
+    unbooked: list[tuple[Sequence[int], Sequence[float]]] | None = None  # of the last whole token
 
     def decode(self, layer: int, routed: Sequence[int], token: int = -1) -> list[int]:
         """One token's event; the bytes of every expert are checked when the GPU computes it. Returns those
@@ -186,6 +190,27 @@ class Tiers:
         event.settle()
         return [routed[place] for place in sorted(on_cpu)]
 
+    def token(self, routes: Sequence[Sequence[int]], number: int = 0) -> None:
+        """One token of all layers, launched whole: the GPU looks up the table as it is now, and goes on layer
+        by layer from where an expert was missing. What ran before is booked meanwhile, and promoted."""
+        cache, ones = self.cache, [[1.0] * len(routed) for routed in routes]
+        seen, first = self.table.copy(), 0
+        while first < LAYERS and all(seen[first, e] >= 0 for e in routes[first]) and not self.after_error:
+            self._compute(first, [(e, int(seen[first, e])) for e in routes[first]])
+            first += 1
+        if self.unbooked is not None:
+            cache.hit_events(number, range(len(self.unbooked)), *([*zip(*self.unbooked, strict=True)]))
+            cache.promote()
+        self.engine.finish_computing()
+        self.unbooked = [*zip(routes, ones, strict=True)][:first]
+        if first < LAYERS:
+            cache.hit_events(number, range(first), routes[:first], ones[:first])
+            self.unbooked = None
+            for layer in range(first, LAYERS):
+                self.decode(layer, routes[layer], number)
+        self.engine.finish_computing()
+        cache.commit()
+
     def prefill(self, layer: int, experts: Sequence[int]) -> list[int]:
         """A chunk whose tokens use one expert each, in this order."""
         self.cache.observe(layer, [[e] for e in experts], [[1.0]] * len(experts))
@@ -205,9 +230,12 @@ class Tiers:
         vram, ram = self.cache, self.cache.ram
         assert vram.resident == vram._slots.keys()
         listed = {key: slot for key, slot in vram._slots.items() if key not in vram._unlisted}
+        if vram.in_place:
+            listed = {key: vram._first + ram.slot(key) for key in ram._residents} | listed
         assert {tuple(key): self.table[tuple(key)] for key in np.argwhere(self.table >= 0)} == listed
         assert all(vram._ready[layer] == {e for la, e in listed if la == layer} for layer in range(LAYERS))
         used = [*vram._slots.values(), *(slot for slot, _ in vram._staged.values()), *vram._copies.free]
+        used += [slot for _, slot, _, _ in vram._promoting]
         assert sorted(used) == list(range(vram.slots))
         assert not ram._in_flight and not vram._copies.falling
         own = ram.lower.residents
@@ -229,6 +257,7 @@ class Tiers:
 def make_tiers(
     vram: int, ram: int, policy: str = "lru", below: str | None = None, spare: int = 3, ram_spare: int = 0,
     placement: Placement | None = None, seed: int = 0, per_layer: bool = False, real: bool = False,
+    in_place: bool = False,
 ) -> Tiers:  # fmt: skip
     """`vram`, `ram`: capacities, in all or with `per_layer` of each layer."""
     drive = PatientDrive()
@@ -243,8 +272,42 @@ def make_tiers(
     slots = vram * (LAYERS if per_layer else 1) + spare
     engine = RealEngine(slots) if real else LazyEngine(slots, seed)
     table = np.zeros((LAYERS, EXPERTS), dtype=np.int32)
-    cache = VramCache(lower, make_policy(policy, geometry), geometry, engine, table, placement, spare)
+    upper = make_policy(policy, geometry)
+    cache = VramCache(lower, upper, geometry, engine, table, placement, spare, in_place)
     return Tiers(cache, drive, engine, table)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_experts_computed_in_place_are_the_right_ones_too(
+    policy: str, per_layer: bool, data: st.DataObject
+) -> None:
+    of = 8 if per_layer else 24
+    tiers = make_tiers(
+        data.draw(st.integers(3, of), label="vram"), data.draw(st.integers(3, of), label="ram"), policy,
+        data.draw(st.sampled_from(("lru", "lfu", "sieve"))), data.draw(st.integers(1, 4)),
+        data.draw(st.integers(0, 3)), seed=data.draw(st.integers(0, 9)), per_layer=per_layer, in_place=True,
+    )  # fmt: skip
+    draw = data.draw(st.randoms(use_true_random=False))
+    for _ in range(data.draw(st.integers(1, 12))):
+        layer = draw.randrange(LAYERS)
+        few = draw.sample(range(EXPERTS), 4)
+        tiers.drive.broken = {(layer, few[0])} if draw.random() < 0.2 else set()
+        try:
+            if draw.random() < 0.2:
+                chunk = draw.sample(range(EXPERTS), draw.randint(1, EXPERTS))
+                assert sorted(tiers.prefill(layer, chunk)) == sorted(chunk)
+            else:
+                tiers.cache.prefetch([(layer, expert) for expert in few], 2)
+                tiers.drive.arrive()
+                tiers.token([draw.sample(few, draw.randint(1, 3)) for _ in range(LAYERS)])
+        except ReadError:
+            assert tiers.drive.broken
+            tiers.unbooked = None
+        tiers.check()
+    tiers.cache.close()
 
 
 def test_a_miss_comes_through_ram_and_a_hit_needs_nobody() -> None:
