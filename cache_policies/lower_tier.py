@@ -29,6 +29,7 @@ class LowerTier(Residency):
     def __init__(self, policy: CachePolicy, geometry: Geometry, spare: int, above: int) -> None:
         """`above`: the upper tier's capacity, counted as `geometry.capacity` is."""
         everything = geometry.experts * (1 if geometry.per_layer else geometry.layers)
+        self.holds_all = geometry.capacity >= everything
         self.all_fit = geometry.capacity + above >= everything  # nobody leaves for good, once all are there
         # Where the drive is read all the time, slots are kept for what is on its way up; else a read would
         # have to evict before it is known whether somebody better comes down.

@@ -272,8 +272,8 @@ class ExpertCache:
         self, capacity: int, before_reuse: Callable[[ExpertId], None], moved: Callable[[ExpertId, int], None]
     ) -> None:
         """Be the lower of two tiers from now on; empty yet. `capacity`: the upper one's, as its geometry
-        counts it. `before_reuse` waits until nobody reads or writes an expert's slot; `moved` is told when one
-        is in a slot, or -1: not any more."""
+        counts it. `before_reuse` waits until nobody reads or writes an expert's slot; `moved` is told when
+        one is in a slot, or -1: not any more."""
         assert not self._residents, "this tier has been used by itself"
         r = self._residency
         self._residency = self._lower = LowerTier(r.policy, r.geometry, r.spare, capacity)

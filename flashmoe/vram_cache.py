@@ -77,6 +77,8 @@ class VramCache:
         self._wanted: tuple[list[ExpertId], int] | None = None  # guesses that wait for the event's end
         self._used_in_place: dict[ExpertId, None] = {}  # since the last promotions
         self._promoting: list[tuple[ExpertId, int, Ticket, list[ExpertId]]] = []  # who, slot, copy, victims
+        self._table_changes: tuple[list[int], list[int], list[int]] | None = None  # layers, experts, slots
+        self._is_committed = False  # the table has them, and nothing else yet
         self._promotable = 0.0  # what may still be copied beside reading in place, in experts
         self._promoted_layer = 0  # whose turn was last
         self._chunk: ChunkPlan | None = None
@@ -207,22 +209,37 @@ class VramCache:
                 self._promotable -= bool(leaving)
                 self._promoted_layer = key[0]
         self._close_event()
+        if self.ram.lower.holds_all and self._promoting:
+            changes: dict[ExpertId, int] = {}
+            for key, slot, _, leaving in self._promoting:
+                changes |= {key: slot} | {victim: self._first + self.ram.slot(victim) for victim in leaving}
+            self._table_changes = [k[0] for k in changes], [k[1] for k in changes], list(changes.values())
 
     def commit(self) -> None:
         """Enter in the table what `promote` has copied, and take out what it displaces. The GPU must be
         idle."""
-        if not self._promoting:
+        if not self._promoting or self._is_committed:
             return
-        self._begin_event()
         self._engine.wait(self._promoting[-1][2])
-        for key, slot, _, leaving in self._promoting:
+        if self._table_changes is None:
+            self._book_promotions()
+        else:  # where everything is in RAM, the rest has time until the GPU is at work again
+            layers, experts, slots = self._table_changes
+            self._table[layers, experts] = slots
+            self._is_committed = True
+
+    def _book_promotions(self) -> None:
+        """The rest of `commit`."""
+        promoting, self._promoting = self._promoting, []
+        self._table_changes, self._is_committed = None, False
+        self._begin_event()
+        for key, slot, _, leaving in promoting:
             self._leave(leaving, self.ram.begin_below([key], [key], leaving, [key]))
             self._slots[key] = slot
             self._enter(key, slot)
             self.ram.copied(key)
             self.ram.end_event()
-        self.counters.promoted += len(self._promoting)
-        self._promoting.clear()
+        self.counters.promoted += len(promoting)
         self._let_fall()
         self._close_event()
 
@@ -366,6 +383,8 @@ class VramCache:
     def _end_event(self) -> bool:
         """Make ids, slots and table agree after an event that an error or Ctrl-C cut short, if one was."""
         if not self._open:
+            if self._is_committed:
+                self._book_promotions()
             return False
         self.ram.end_event()
         if self._chunk is not None:
@@ -376,6 +395,7 @@ class VramCache:
         self._slots = {key: slot for key, slot in self._slots.items() if key in self._up}
         self._staged.clear()
         self._promoting.clear()
+        self._table_changes, self._is_committed = None, False
         self._copies.recover(set(self._slots.values()))
         self._table.fill(ABSENT)
         for ready in self._ready.values():

@@ -228,6 +228,8 @@ class Tiers:
     def check(self) -> None:
         """Between events: ids, slots and table agree, in both tiers."""
         vram, ram = self.cache, self.cache.ram
+        vram.commit()
+        vram._end_event()
         assert vram.resident == vram._slots.keys()
         listed = {key: slot for key, slot in vram._slots.items() if key not in vram._unlisted}
         if vram.in_place:
@@ -235,7 +237,6 @@ class Tiers:
         assert {tuple(key): self.table[tuple(key)] for key in np.argwhere(self.table >= 0)} == listed
         assert all(vram._ready[layer] == {e for la, e in listed if la == layer} for layer in range(LAYERS))
         used = [*vram._slots.values(), *(slot for slot, _ in vram._staged.values()), *vram._copies.free]
-        used += [slot for _, slot, _, _ in vram._promoting]
         assert sorted(used) == list(range(vram.slots))
         assert not ram._in_flight and not vram._copies.falling
         own = ram.lower.residents
