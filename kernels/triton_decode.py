@@ -58,12 +58,13 @@ class Shape(NamedTuple):
     """What a program of a kernel takes on.
 
     rows of the weight, or tiles of 16 (up of packed experts: always 2 of gate and 2 of up), and how many of
-    their columns at once, a power of two from 64.
+    their columns at once, a power of two from 64. run: of load_tiles.
     """
 
     rows: int
     warps: int
     columns: int
+    run: int = 8
 
 
 # ---- dense -------------------------------------------------------------------------------------------------
@@ -83,15 +84,15 @@ def _finish(y, out, rows, row, t: tl.constexpr, bias, BIAS: tl.constexpr, RESIDU
 @triton.jit
 def _linear_tiles(
     x, base, out, norm, bias, eps, rows, COLUMNS: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    C: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, RUN: tl.constexpr, NORM: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R tiles a program."""
     first, last = tl.program_id(0) * R, (rows + 15) // 16
-    words, scales = load_tiles(base, first, last, 0, COLUMNS, C, BITS, R)
+    words, scales = load_tiles(base, first, last, 0, COLUMNS, C, BITS, R, RUN)
     wait_for_inputs(PDL)
     y = tiles_product(
-        words, scales, base, first, last, x, x, norm, COLUMNS, T, R, C, BITS, NORM, False, EXACT
+        words, scales, base, first, last, x, x, norm, COLUMNS, T, R, C, BITS, RUN, NORM, False, EXACT
     )
     rms = rms_scales(x, COLUMNS, PADDED, eps, T, NORM)  # last: x is in L1 now
     row = first * 16 + tl.arange(0, 16 * R)
@@ -142,8 +143,9 @@ def linear(
     flags |= {"PADDED": triton.next_power_of_2(columns), **_launch(x.device)}
     if weight.format in expert_slots.BITS:
         _linear_tiles[(triton.cdiv(weight.rows, 16 * shape.rows),)](
-            x, weight.data, *arguments, BITS=expert_slots.BITS[weight.format], EXACT=exact, **flags
-        )
+            x, weight.data, *arguments, BITS=expert_slots.BITS[weight.format], RUN=shape.run, EXACT=exact,
+            **flags,
+        )  # fmt: skip
     else:
         _linear_rows[(triton.cdiv(weight.rows, shape.rows),)](
             x, weight.data, *arguments, FORMAT=weight.format, **flags
@@ -375,9 +377,9 @@ def _expert(slot, arena, stride, ram, ram_stride, first_in_ram, IN_RAM: tl.const
 
 @triton.jit
 def _up_tiles(
-    x, slots, arena, stride, ram, ram_stride, first_in_ram, h, h_scales, D: tl.constexpr, F: tl.constexpr, K:
-    tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr, IN_RAM:
-    tl.constexpr, PDL: tl.constexpr,
+    x, slots, arena, stride, ram, ram_stride, first_in_ram, h, h_scales, D: tl.constexpr, F: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, RUN: tl.constexpr, ACTIVATION: tl.constexpr,
+    EXACT: tl.constexpr, IN_RAM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """32 rows of gate and up of one pair a program: a group of its hidden activations, ready for down."""
     wait_for_inputs(PDL)
@@ -386,10 +388,10 @@ def _up_tiles(
     if slot >= 0:
         GROUPS: tl.constexpr = (F + 63) // 64 * 2
         base = _expert(slot, arena, stride, ram, ram_stride, first_in_ram, IN_RAM)
-        words, scales = load_tiles(base, 4 * group, 4 * GROUPS, 0, D, C, BITS, 4)
+        words, scales = load_tiles(base, 4 * group, 4 * GROUPS, 0, D, C, BITS, 4, RUN)
         y = tiles_product(
-            words, scales, base, 4 * group, 4 * GROUPS, x + pair // K * D, x, x, D, 1, 4, C, BITS, False,
-            False, EXACT,
+            words, scales, base, 4 * group, 4 * GROUPS, x + pair // K * D, x, x, D, 1, 4, C, BITS, RUN,
+            False, False, EXACT,
         )  # fmt: skip
         gate, up = tl.split(tl.permute(tl.reshape(y[0], (2, 2, 16)), (0, 2, 1)))  # tiles alternate
         hidden = tl.reshape(_activate(gate, up, ACTIVATION), (1, 32))
@@ -404,9 +406,9 @@ def _up_tiles(
 
 @triton.jit
 def _down_tiles(
-    h, h_scales, slots, arena, stride, ram, ram_stride, first_in_ram, products, D: tl.constexpr, F:
-    tl.constexpr, C: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, EXACT:
-    tl.constexpr, IN_RAM: tl.constexpr, PDL: tl.constexpr,
+    h, h_scales, slots, arena, stride, ram, ram_stride, first_in_ram, products, D: tl.constexpr,
+    F: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, RUN: tl.constexpr,
+    OFFSET: tl.constexpr, EXACT: tl.constexpr, IN_RAM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R tiles of down of one pair a program."""
     pair, first = tl.program_id(0), tl.program_id(1) * R
@@ -415,13 +417,13 @@ def _down_tiles(
     base = _expert(tl.maximum(slot, 0), arena, stride, ram, ram_stride, first_in_ram, IN_RAM)
     base += OFFSET
     last = tl.where(slot >= 0, (D + 15) // 16, 0)
-    words, scales = load_tiles(base, first, last, 0, WIDTH, C, BITS, R)
+    words, scales = load_tiles(base, first, last, 0, WIDTH, C, BITS, R, RUN)
     wait_for_inputs(PDL)
     if slot >= 0:
         of_pair = h + pair * WIDTH if EXACT else h.to(tl.pointer_type(tl.int32)) + pair * (WIDTH // 4)
         y = tiles_product(
             words, scales, base, first, last, of_pair, h_scales + pair * (WIDTH // 32), h, WIDTH, 1,
-            R, C, BITS, False, True, EXACT,
+            R, C, BITS, RUN, False, True, EXACT,
         )  # fmt: skip
         row = first * 16 + tl.arange(0, 16 * R)
         tl.store(products + pair * D + row, tl.reshape(y[0], (16 * R,)), mask=row < D)
@@ -430,8 +432,8 @@ def _down_tiles(
 @triton.jit
 def _up_rows(
     x, slots, arena, stride, ram, ram_stride, first_in_ram, h, GATE_SCALES: tl.constexpr, UP: tl.constexpr,
-    UP_SCALES: tl.constexpr, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, C: tl.constexpr, R:
-    tl.constexpr, FORMAT: tl.constexpr, ACTIVATION: tl.constexpr, IN_RAM: tl.constexpr, PDL: tl.constexpr,
+    UP_SCALES: tl.constexpr, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    R: tl.constexpr, FORMAT: tl.constexpr, ACTIVATION: tl.constexpr, IN_RAM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R rows of gate and of up of one pair a program."""
     wait_for_inputs(PDL)
@@ -454,9 +456,9 @@ def _up_rows(
 
 @triton.jit
 def _down_rows(
-    h, slots, arena, stride, ram, ram_stride, first_in_ram, products, DOWN: tl.constexpr, DOWN_SCALES:
-    tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr,
-    IN_RAM: tl.constexpr, PDL: tl.constexpr,
+    h, slots, arena, stride, ram, ram_stride, first_in_ram, products, DOWN: tl.constexpr,
+    DOWN_SCALES: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+    FORMAT: tl.constexpr, IN_RAM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R rows of down of one pair a program."""
     pair, first = tl.program_id(0), tl.program_id(1) * R
@@ -536,11 +538,11 @@ class ExpertDecode:
 
     def up(self, h: Tensor, slots: Tensor, arena: Tensor, ram: Tensor | None = None) -> None:
         """The first half of `run`: hidden activations into the workspace."""
-        rows, warps, columns = self.up_shape
+        rows, warps, columns, run = self.up_shape
         where = _slots(arena, ram)
         if self.format in expert_slots.BITS:
             _up_tiles[(slots.numel(), triton.cdiv(self.width, 64) * 2)](
-                h, slots, *where, self._codes, self._scales, K=self.top_k, C=columns,
+                h, slots, *where, self._codes, self._scales, K=self.top_k, C=columns, RUN=run,
                 ACTIVATION=self.activation, num_warps=warps, IN_RAM=ram is not None,
                 **self._constants,
             )  # fmt: skip
@@ -554,11 +556,11 @@ class ExpertDecode:
 
     def down(self, slots: Tensor, arena: Tensor, ram: Tensor | None = None) -> None:
         """The second: products."""
-        rows, warps, columns = self.down_shape
+        rows, warps, columns, run = self.down_shape
         where = _slots(arena, ram)
         if self.format in expert_slots.BITS:
             _down_tiles[(slots.numel(), triton.cdiv(self.hidden, 16 * rows))](
-                self._codes, self._scales, slots, *where, self.products, C=columns, R=rows,
+                self._codes, self._scales, slots, *where, self.products, C=columns, R=rows, RUN=run,
                 OFFSET=self._at.down, num_warps=warps, IN_RAM=ram is not None,
                 **self._constants,
             )  # fmt: skip

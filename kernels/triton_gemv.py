@@ -117,12 +117,14 @@ def stored_groups(codes, scales, begin, columns: tl.constexpr, G: tl.constexpr):
 
 @triton.jit
 def load_tiles(
-    base, first, last, begin, columns: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr
+    base, first, last, begin, columns: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr,
+    RUN: tl.constexpr,
 ):  # fmt: skip
     """Columns begin to begin + C of tiles first to first + R; those outside and from `last` on are zeros.
 
     base: the matrix's first byte -> a tuple of BITS x int32 [R, G, 16], the lines of each group, and scales
-    fp16 [R, G, 16]. So a thread has a group's lines of its rows: their sum needs no exchange.
+    fp16 [R, G, 16]. So a thread has a group's lines of its rows: their sum needs no exchange. RUN: of how
+    many rows at most, 4 or 8; 8 scales are one load, but 8 rows of a line two.
     """
     BLOCK: tl.constexpr = 16 + 32 * BITS  # dwords of a superblock
     GROUPS: tl.constexpr = (columns + 63) // 64 * 2
@@ -138,14 +140,14 @@ def load_tiles(
         words = words + (tl.load(at + 16 * j, mask=mask, other=0),)
     at = (2 * start)[:, None, None] + (group // 2 * (2 * BLOCK) + group % 2 * 16)[None, :, None]
     at = base.to(tl.pointer_type(tl.float16)) + (at + row[None, None, :])
-    return words, tl.load(at, mask=mask, other=0.0)
+    return words, tl.load(tl.max_contiguous(at, (1, 1, RUN)), mask=mask, other=0.0)
 
 
 @triton.jit
 def tiles_product(
     words, scales, base, first, last, x, x_scales, norm, columns: tl.constexpr, T: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, STORED: tl.constexpr,
-    EXACT: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, RUN: tl.constexpr, NORM: tl.constexpr,
+    STORED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """R tiles times T tokens, x [T, columns] -> a tuple of T results [R, 16].
 
@@ -166,7 +168,9 @@ def tiles_product(
             sums = sums + (tl.zeros((R, C // 32, 16), tl.float32),)
         # Not unrolled: the compiler would ask for all chunks at once and spill them.
         for begin in tl.range(0, columns, C):
-            next_words, next_scales = load_tiles(base, first, last, begin + C, columns, C, BITS, R)
+            next_words, next_scales = load_tiles(
+                base, first, last, begin + C, columns, C, BITS, R, RUN
+            )
             added = ()
             for t in tl.static_range(T):
                 product = _tiles_chunk(

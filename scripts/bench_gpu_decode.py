@@ -450,10 +450,6 @@ def main() -> None:
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     result["copy_bytes_per_s"] = rate = copy_rate()
     print(f"{result['device']}, copy {rate / 1e12:.2f} TB/s", flush=True)
-    if not options.no_check:
-        result["errors"] = dict(in_processes(check_all, checks()))
-        for name, errors in result["errors"].items():
-            print(f"{name:34s}", *(f"{tokens} {error:.1e}" for tokens, error in errors.items()), flush=True)
     if options.tune:
         best, result["tuning"] = tune(MODELS, formats)
         file = ROOT / "kernels" / "tuning" / "decode_sm90.json"
@@ -463,6 +459,10 @@ def main() -> None:
         file.parent.mkdir(exist_ok=True)
         file.write_text(f'{{\n  "device": "{result["device"]}",\n  "shapes": {{\n{text}\n  }}\n}}\n', "utf-8")
         tuned_shapes.cache_clear()
+    if not options.no_check:
+        result["errors"] = dict(in_processes(check_all, checks()))
+        for name, errors in result["errors"].items():
+            print(f"{name:34s}", *(f"{tokens} {error:.1e}" for tokens, error in errors.items()), flush=True)
     result["times"] = report(rate, MODELS, formats)
     print(json.dumps(result))
 

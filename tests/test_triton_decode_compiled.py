@@ -40,11 +40,12 @@ def kernels(pdl: bool) -> dict[str, tuple[str, dict[str, Any], int]]:
         up, down = (module.guessed_shape(k, format, n) for k, n in (("up", 2048), ("down", 768)))
         shape = module.guessed_shape("linear", format, 2048)
         shared = {**qwen, "BITS": bits, "EXACT": False}
-        constants = {**shared, "K": 8, "C": up.columns, "ACTIVATION": "silu"}
+        constants = {**shared, "K": 8, "C": up.columns, "RUN": up.run, "ACTIVATION": "silu"}
         found[f"up {format}"] = ("_up_tiles", constants, up.warps)
-        constants = {**shared, "C": down.columns, "R": down.rows, "OFFSET": 4096}
+        constants = {**shared, "C": down.columns, "RUN": down.run, "R": down.rows, "OFFSET": 4096}
         found[f"down {format}"] = ("_down_tiles", constants, down.warps)
-        constants = {**dense, "R": shape.rows, "C": shape.columns, "BITS": bits, "EXACT": False}
+        constants = {**dense, "R": shape.rows, "C": shape.columns, "RUN": shape.run}
+        constants |= {"BITS": bits, "EXACT": False}
         found[f"linear {format}"] = ("_linear_tiles", constants, shape.warps)
     for format in ("bf16", "fp8", "mxfp4"):
         up, down = (module.guessed_shape(k, format, n) for k, n in (("up", 2048), ("down", 768)))
