@@ -11,14 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton_gemv import launch_options, wait_for_inputs
+
 
 @triton.jit
 def _join_splits(
     parts, lse, out,
     parts_split, parts_head, parts_query, lse_split, lse_head, splits,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a query head."""
+    wait_for_inputs(PDL)
     head = tl.program_id(0)
     kv_head, query = head // GROUP, head % GROUP
     column = tl.arange(0, BLOCK)
@@ -42,5 +45,5 @@ def join_splits(parts: Tensor, lse: Tensor, out: Tensor) -> None:
     _join_splits[(kv_heads * group,)](
         parts, lse, out, *parts.stride()[:3], *lse.stride()[:2], splits,
         GROUP=group, HEAD=head_dim, BLOCK=triton.next_power_of_2(head_dim),
-        SPLITS=triton.next_power_of_2(splits),
+        SPLITS=triton.next_power_of_2(splits), **launch_options(out.device),
     )  # fmt: skip

@@ -28,6 +28,7 @@ from torch import Tensor
 from kernels import expert_slots
 from kernels.triton_gemv import (
     INTERPRETED,
+    launch_options,
     load_block,
     load_tiles,
     pack_bytes,
@@ -140,7 +141,7 @@ def linear(
     arguments = (out, x if norm is None else norm, x if bias is None else bias, eps, weight.rows)
     shape = shape or launch_shape("linear", weight.format, columns)
     flags |= {"COLUMNS": columns, "T": tokens, "R": shape.rows, "C": shape.columns, "num_warps": shape.warps}
-    flags |= {"PADDED": triton.next_power_of_2(columns), **_launch(x.device)}
+    flags |= {"PADDED": triton.next_power_of_2(columns), **launch_options(x.device)}
     if weight.format in expert_slots.BITS:
         _linear_tiles[(triton.cdiv(weight.rows, 16 * shape.rows),)](
             x, weight.data, *arguments, BITS=expert_slots.BITS[weight.format], RUN=shape.run, EXACT=exact,
@@ -242,7 +243,7 @@ def rope_and_store(
         qkv, cos, sin, position, keys, values, q_out, qkv if q_norm is None else q_norm,
         qkv if k_norm is None else k_norm, eps, clip, H=heads, G=kv_heads, d=head_dim, BLOCK=block,
         FULL=triton.next_power_of_2(heads * head_dim), QK_NORM=qk_norm, CLIP=clip > 0,
-        num_warps=4 if qk_norm == "full" else 1, **_launch(qkv.device),
+        num_warps=4 if qk_norm == "full" else 1, **launch_options(qkv.device),
     )  # fmt: skip
 
 
@@ -273,9 +274,19 @@ def _store_logits(
 
 
 @triton.jit
+def _after_all_writes(word):
+    """word, when whoever reads this GPU's writes, the host too, sees all that came before."""
+    if INTERPRETED:
+        return word
+    return tl.inline_asm_elementwise(
+        "membar.sys; mov.b32 $0, $1;", "=r,r", [word], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _choose_experts(
-    probabilities, ids, weights, table, slots, missed, layer, E: tl.constexpr, K: tl.constexpr,
-    P: tl.constexpr, NORMALISE: tl.constexpr, PDL: tl.constexpr,
+    probabilities, ids, weights, table, slots, missed, layer, flags, E: tl.constexpr, K: tl.constexpr,
+    P: tl.constexpr, NORMALISE: tl.constexpr, FLAGS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token a program: softmax, then each expert's rank among all."""
     t = tl.program_id(0)
@@ -300,8 +311,14 @@ def _choose_experts(
     tl.store(ids + place, e, mask=chosen)
     tl.store(weights + place, w, mask=chosen)
     tl.store(slots + place, slot, mask=chosen)
-    if tl.min(tl.where(chosen, slot, 0)) < 0:
+    absent = tl.min(tl.where(chosen, slot, 0)) < 0
+    if absent:
         tl.atomic_min(missed, layer)
+    if FLAGS:
+        flags += t * (K + 1)
+        tl.store(flags + rank, e, mask=chosen)
+        tl.debug_barrier()
+        tl.store(flags + K, _after_all_writes(tl.where(absent, 2, 1)))
 
 
 def route(
@@ -319,6 +336,7 @@ def route(
     missed: Tensor,
     layer: int,
     saved: Tensor | None = None,
+    flags: Tensor | None = None,
 ) -> None:
     """The router of one layer and the norm before it, in fp32.
 
@@ -326,19 +344,22 @@ def route(
     absent. Writes h_out [T, D], probabilities [T, E], and likeliest first (the lower id where two are equal)
     ids int32 [T, K], weights [T, K] (normalise: summing to 1) and slots int32 [T, K]. missed int32 [1] =
     min(missed, layer) if one is absent. saved [T, D]: a copy of x, if given.
+    flags int32 [T, K + 1], in pinned RAM, for a host that watches: ids, then, when those are written, 1 if all
+    are there, else 2. The host sets that word to 0 before.
     """
     tokens, hidden = x.shape
     experts, top_k = len(router), ids.shape[1]
     assert tokens <= MOST_TOKENS and router.is_contiguous()
     padded = triton.next_power_of_2(hidden)
-    options = _launch(x.device)
+    options = launch_options(x.device)
     _store_logits[(experts,)](
         x, norm, eps, router, h_out, probabilities, x if saved is None else saved, E=experts, D=hidden,
         T=tokens, C=padded, SAVE=saved is not None, num_warps=max(1, min(16, padded // 512)), **options,
     )  # fmt: skip
     _choose_experts[(tokens,)](
-        probabilities, ids, weights, table, slots, missed, layer, E=experts, K=top_k,
-        P=max(2, triton.next_power_of_2(experts)), NORMALISE=normalise, num_warps=4, **options,
+        probabilities, ids, weights, table, slots, missed, layer, ids if flags is None else flags, E=experts,
+        K=top_k, P=max(2, triton.next_power_of_2(experts)), NORMALISE=normalise, FLAGS=flags is not None,
+        num_warps=4, **options,
     )  # fmt: skip
 
 
@@ -518,7 +539,7 @@ class ExpertDecode:
         # Hidden activations: int8 codes and a scale a group, or fp32.
         self._codes = torch.zeros(rows, padded, device=device)
         self._scales = torch.zeros(rows, padded // expert_slots.GROUP, device=device)
-        self.options = _launch(self.products.device)
+        self.options = launch_options(self.products.device)
         self.up_shape = launch_shape("up", format, hidden)
         self.down_shape = launch_shape("down", format, width)
 
@@ -619,13 +640,3 @@ def tuned_shapes() -> dict[str, list[int]]:
     """Launch shapes by kernel, format and columns (the next power of two), tuned on an H100."""
     file = Path(__file__).parent / "tuning" / "decode_sm90.json"
     return json.loads(file.read_text("utf-8"))["shapes"] if file.exists() else {}
-
-
-@cache
-def _early_launch(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _launch(device: torch.device) -> dict[str, Any]:
-    early = _early_launch(device) and not INTERPRETED.value
-    return {"PDL": early, **({"launch_pdl": True} if early else {})}

@@ -8,11 +8,26 @@ Axis letters: R rows or tiles of a program, C columns of a chunk, G groups of 32
 
 # mypy: disable-error-code="assignment, no-untyped-def, no-untyped-call, untyped-decorator, no-any-return"
 
+from functools import cache
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """Of every kernel that calls `wait_for_inputs`: where the GPU can, it starts while the one before ends."""
+    early = _launches_early(device) and not INTERPRETED.value
+    return {"PDL": early, **({"launch_pdl": True} if early else {})}
+
+
+@cache
+def _launches_early(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit
