@@ -13,7 +13,7 @@ import ctypes
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -409,12 +409,12 @@ class ExpertCache:
         """The event is over; see `_end_event`."""
         self._end_event()
 
-    def reconcile(self, above: Collection[ExpertId]) -> None:
+    def reconcile(self, above: Set[ExpertId]) -> None:
         """After an event that was cut short, with no copy under way: make slots and residents agree with each
         other and with who is `above`."""
         self._end_event()
         self._copies.clear()
-        for key in self.lower.recover(self._residents):
+        for key in self.lower.recover(self._residents.keys() - above):
             self._drop(key)
         for key in [key for key in self._residents if key not in self.lower]:
             if key in above:

@@ -193,6 +193,7 @@ class VramCache:
         if not self._used_in_place:
             return
         self._begin_event()
+        self._table_changes = None
         used, self._used_in_place = self._used_in_place, {}
         self._promotable = min(self._promotable + PROMOTED_SHARE * len(used), float(self._up.spare))
         layers, first = len(self._ready_of), self._promoted_layer + 1
@@ -230,15 +231,16 @@ class VramCache:
 
     def _book_promotions(self) -> None:
         """The rest of `commit`."""
-        promoting, self._promoting = self._promoting, []
-        self._table_changes, self._is_committed = None, False
+        self._is_committed = False
         self._begin_event()
+        promoting, self._promoting, self._table_changes = self._promoting, [], None
         for key, slot, _, leaving in promoting:
             self._leave(leaving, self.ram.begin_below([key], [key], leaving, [key]))
             self._slots[key] = slot
             self._enter(key, slot)
             self.ram.copied(key)
             self.ram.end_event()
+            self._copies.let_fall()
         self.counters.promoted += len(promoting)
         self._let_fall()
         self._close_event()
@@ -402,7 +404,7 @@ class VramCache:
             ready.clear()
         self._unlisted = dict.fromkeys(self._slots, 0)
         self._list(self._slots)
-        self.ram.reconcile(self._slots)
+        self.ram.reconcile(self._slots.keys())
         for key in self.ram.lower.residents:
             self._moved_below(key, self.ram.slot(key))
         self._wanted = None

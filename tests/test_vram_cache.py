@@ -30,7 +30,7 @@ from flashmoe.config import load_model_config
 from flashmoe.copy_engine import CudaCopyEngine, HostCopyEngine, Ticket
 from flashmoe.expert_cache import ExpertCache
 from flashmoe.expert_placement import Placement
-from flashmoe.vram_cache import ABSENT, VramCache
+from flashmoe.vram_cache import ABSENT, PROMOTED_SHARE, VramCache
 from flashmoe.weights import CheckpointLayout
 from kernels.expert_ffn import Addresses
 from kernels.expert_slots import slot_layout
@@ -200,7 +200,7 @@ class Tiers:
             first += 1
         if self.unbooked is not None:
             cache.hit_events(number, range(len(self.unbooked)), *([*zip(*self.unbooked, strict=True)]))
-            cache.promote()
+        cache.promote()
         self.engine.finish_computing()
         self.unbooked = [*zip(routes, ones, strict=True)][:first]
         if first < LAYERS:
@@ -558,6 +558,55 @@ def test_an_event_given_up_half_way_is_put_in_order_by_the_next(where: str) -> N
     tiers.check()
 
 
+def serve_tokens(tiers: Tiers, seed: int, tokens: int = 25) -> None:
+    """Whole tokens, and now and then a prompt's layer."""
+    draw = random.Random(seed)
+    for token in range(tokens):
+        tiers.token([draw.sample(range(EXPERTS), 2) for _ in range(LAYERS)], token)
+        if token % 9 == 8:
+            tiers.prefill(token % LAYERS, draw.sample(range(EXPERTS), 5))
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize("ram", [9, 24])
+def test_promotions_do_not_depend_on_when_copies_and_reads_end(policy: str, ram: int) -> None:
+    found = set()
+    for seed in range(4):
+        tiers = make_tiers(7, ram, policy, ram_spare=2, seed=seed, in_place=True)
+        tiers.drive.last_in_first_out = seed % 2 == 1
+        serve_tokens(tiers, 1)
+        tiers.check()
+        found.add((*who_is_where(tiers), tiers.cache.counters.promoted))
+    assert len(found) == 1 and tiers.cache.counters.promoted > 0
+
+
+def test_a_free_vram_is_filled_at_once_and_a_full_one_bit_by_bit() -> None:
+    tiers = make_tiers(6, 24, spare=4, in_place=True)
+    routes = [[0, 1], [0, 1], [0, 1]]
+    tiers.token(routes)  # read from the drive
+    tiers.token(routes)
+    assert tiers.cache.resident == {(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)}
+    for token in range(20):
+        tiers.token([[token % EXPERTS, (token + 1) % EXPERTS]] * LAYERS)
+    tiers.check()
+    c = tiers.cache.counters
+    assert 0.2 * c.in_place < c.promoted - 6 <= PROMOTED_SHARE * c.in_place
+
+
+def test_what_is_promoted_is_seen_when_it_is_committed_and_not_before() -> None:
+    tiers = make_tiers(3, 24, in_place=True)
+    tiers.token([[0, 1], [0, 1], [0, 1]])
+    before = tiers.table.copy()
+    tiers.cache.promote()
+    assert (tiers.table == before).all() and (before >= tiers.cache._first).sum() == 6
+    tiers.cache.commit()
+    assert ((tiers.table >= 0) & (tiers.table < tiers.cache._first)).sum() == 3
+    c = tiers.cache.counters
+    assert (c.misses, c.in_place) == (6, 6)
+    assert c.bytes_in == (6 + 4) * EXPERT_BYTES  # three fill VRAM, and a quarter of six displaces one
+    tiers.check()
+
+
 @pytest.mark.parametrize(("vram", "ram"), [(3, 4), (6, 7), (5, 24)])
 def test_a_checkpoints_own_bytes_come_through_real_reads(tiny_model: Path, vram: int, ram: int) -> None:
     config = load_model_config(tiny_model)
@@ -627,13 +676,15 @@ class Interrupter:
         return self._line
 
 
-@pytest.mark.parametrize("what", ["decode", "prefill"])
+@pytest.mark.parametrize("what", ["decode", "prefill", "in place"])
 def test_a_ctrl_c_before_any_line_leaves_both_tiers_usable(
     what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flashmoe.expert_cache.LOST_READ_S", 0.001)
     for nth in range(1, 3000, 11):
-        tiers = make_tiers(4, 5, ram_spare=2, placement=Placement("auto", 1.0, 1.0, 0.0))
+        placement, in_place = Placement("auto", 1.0, 1.0, 0.0), what == "in place"
+        ram = 24 if nth % 2 and in_place else 5
+        tiers = make_tiers(4, ram, ram_spare=2, placement=placement, in_place=in_place)
         serve(tiers, 9, 9)
         interrupter = Interrupter(nth)
         try:
@@ -642,8 +693,11 @@ def test_a_ctrl_c_before_any_line_leaves_both_tiers_usable(
                     tiers.cache.prefetch([(1, 7), (1, 6)], 2)
                     tiers.decode(0, [5, 2, 7])
                     tiers.decode(1, [6, 2])
-                else:
+                elif what == "prefill":
                     tiers.prefill(0, [3, 1, 6, 7, 4])
+                else:
+                    tiers.token([[5, 2, 7], [6, 2], [1, 3]])
+                    tiers.token([[5, 2, 7], [6, 2], [1, 3]])
         except KeyboardInterrupt:
             pass
         else:
