@@ -291,7 +291,7 @@ class Bench:
         if self.plan.vram is None:
             return None
         from flashmoe.gpu_decoder import GpuDecoder
-        from flashmoe.vram_cache import VramCounters
+        from flashmoe.tier_copies import VramCounters
 
         decoder = self.loaded.engine.decoder
         assert isinstance(decoder, GpuDecoder) and isinstance(spent, VramCounters)

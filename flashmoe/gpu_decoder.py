@@ -2,15 +2,18 @@
 
 A chunk of a prompt runs through torch's products layer by layer. One token is a chain of CUDA graphs, cut
 behind each layer's router. If every expert has a slot, the chain is one graph and the host is not in the way.
-Otherwise the host reads what a layer was routed to: if all of it is in VRAM it launches what follows and does
-its bookkeeping meanwhile; if not, it launches those that are there, fetches the others and launches the rest.
-While misses are rare, whole tokens are launched at once all the same: the router leaves a flag where an
-expert was missing, and the token goes on, layer by layer, from there. Axis letters: T tokens, D hidden, E
-experts, K experts per token, V vocabulary.
+So it is if the GPU can read experts in place, in pinned RAM: what it lacks then is on the drive. The router
+leaves a flag where that happens; the host has the drive read, and launches what follows that layer again.
+
+Where experts cannot be read in place (a checkpoint's own bytes are not aligned), or the CPU is to compute
+those in RAM, the host reads what each layer was routed to: if all of it is in VRAM it launches what follows
+and does its bookkeeping meanwhile; if not, it launches those that are there, fetches the others and launches
+the rest. Axis letters: T tokens, D hidden, E experts, K experts per token, V vocabulary.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -20,9 +23,11 @@ from torch import Tensor
 from cache_policies.replay import serving_order
 from flashmoe.budget import PREFILL_CHUNK
 from flashmoe.decoder import RoutingObserver
+from flashmoe.errors import GpuError
 from flashmoe.gpu_attention import GpuKVCache, bucket_for
 from flashmoe.gpu_graphs import Graph, GraphPool, gpu_seconds
 from flashmoe.gpu_model import (
+    NO_MISS,
     GpuModel,
     OneToken,
     chunk_attention,
@@ -35,8 +40,10 @@ from flashmoe.gpu_model import (
 from flashmoe.prefetch import PrefetchSwitch
 from flashmoe.vram_cache import MissEvent, VramCache
 from kernels.expert_ffn import Addresses, ExpertFFN
+from kernels.expert_slots import BITS
 from kernels.triton_decode import ExpertDecode
 from kernels.triton_moe import ExpertPrefill
+from kernels.triton_tiles import round_to_int8
 
 DECODE_TOKENS = 4  # so many at most take the decode kernels
 # Whole tokens are launched at once while fewer than this share of them lack an expert: a miss wastes half a
@@ -58,13 +65,15 @@ class GpuDecoder:
         table: Tensor,
         host_experts: ExpertFFN | None = None,
         prefetcher: PrefetchSwitch | None = None,
+        ram_arena: Tensor | None = None,
     ) -> None:
-        """`arena` [slots, slot bytes] uint8 on the GPU; `table` [L, E] int32 is `cache`'s own, pinned."""
+        """`arena` [slots, slot bytes] uint8 on the GPU; `table` [L, E] int32 is `cache`'s own, pinned.
+        `ram_arena` likewise in RAM, where experts are read in place."""
         self.config, self.model, self.experts = model.config, model, cache
         self.observer: RoutingObserver | None = None
         self.prefetcher = prefetcher
         self._decode, self._prefill, self.arena, self.table = decode, prefill, arena, table
-        self._host_experts = host_experts
+        self._host_experts, self.ram_arena = host_experts, ram_arena
         self._one = one = OneToken(model)
         self._steps = _Steps(self)
         pin = model.device.type == "cuda"
@@ -80,14 +89,18 @@ class GpuDecoder:
         self._probabilities, self._weights, self._ids = one.routing_parts(self._routing)
         self._scores = self._probabilities.numpy()
         self._guessing = False  # in the token under way
+        self._rounds = decode.format in BITS and not model.exact  # what experts see of a prompt, to int8
         self._misses = 1.0  # the share of recent tokens that lacked an expert
         self._unreported: _TokenRouting | None = None
         self._routed = torch.cuda.Event() if pin else None  # type: ignore[no-untyped-call]
 
-    def use_cache(self, cache: VramCache, prefetcher: PrefetchSwitch | None) -> None:
+    def use_cache(
+        self, cache: VramCache, prefetcher: PrefetchSwitch | None, ram_arena: Tensor | None
+    ) -> None:
         """Go on with another cache, over the same arena and table."""
-        self.experts, self.prefetcher = cache, prefetcher
+        self.experts, self.prefetcher, self.ram_arena = cache, prefetcher, ram_arena
         self._misses, self._unreported = 1.0, None
+        self._steps = _Steps(self)  # graphs hold the address of the RAM slots before
 
     @property
     def kv_cache(self) -> GpuKVCache:
@@ -108,13 +121,14 @@ class GpuDecoder:
         watchers = [w for w in (self.observer, self.prefetcher) if w is not None]
         for watcher in watchers:
             watcher.forward_begins(token_ids)
-        if tokens == 1 and not all_logits:
-            if check is not None:
-                check()
-            logits = self._one_token(token_ids[0])
-        else:
-            self._report()
-            logits = self._chunk(token_ids, all_logits, check)
+        with out_of_memory_named():
+            if tokens == 1 and not all_logits:
+                if check is not None:
+                    check()
+                logits = self._one_token(token_ids[0])
+            else:
+                self._report()
+                logits = self._chunk(token_ids, all_logits, check)
         for watcher in watchers:
             watcher.forward_ends()
         self.kv_cache.advance(tokens)
@@ -156,18 +170,23 @@ class GpuDecoder:
         position = self.kv_cache.length
         bucket = bucket_for(position + 1, self.kv_cache.context)
         self._token[0], self._position[0] = token, position
-        at_once = self.experts.is_complete or self._misses < RARE_MISSES
+        in_place = self.experts.in_place
+        at_once = self.experts.is_complete or in_place or self._misses < RARE_MISSES
         self._guessing = not at_once and self.prefetcher is not None and self.prefetcher.is_on
         self._steps.prepare(bucket, at_once, self._guessing)
         if at_once:
+            self.experts.commit()
             self._steps.whole(bucket).launch()
             self._mark()
             self._report()  # of the token before, while this one is computed
+            self.experts.promote()
             self._wait()
-            first = min(int(self._missed[0]), len(self.model.moe_layers))
+            first = self._first_missed()
             missed = first < len(self.model.moe_layers)
-            self._note(token, first)
-            if missed:
+            self._note(token, 0, first)
+            if missed and in_place:
+                self._rest_at_once(bucket, first, token)
+            elif missed:
                 self._report()
                 self._one.x.copy_(self._one.saved_x[first])
                 self._layer_by_layer(bucket, first, token)
@@ -179,6 +198,31 @@ class GpuDecoder:
         if not self.experts.is_complete:
             self._misses += NEWEST * (missed - self._misses)
         return self._logits[0]
+
+    def _first_missed(self) -> int:
+        """Of what was launched last the first layer with experts that lacked one; or how many there are."""
+        return min(int(self._missed[0]), len(self.model.moe_layers))
+
+    def _rest_at_once(self, bucket: int, missed: int, token: int) -> None:
+        """The rest of a token that was launched whole, from layer `missed` on, which lacks an expert: when
+        the drive has brought it, all that follows is launched again."""
+        layers = self.model.moe_layers
+        while missed < len(layers):
+            self._report()
+            ids = self._ids[missed].tolist()
+            event = self.experts.fetch(
+                layers[missed], ids, self._weights[missed].tolist(), self._scores[missed], token
+            )
+            event.late()
+            self._late_slots[0] = self.table[missed, ids]
+            self._steps.late(missed).launch()
+            self._steps.rest(bucket, missed).launch()
+            self._mark()
+            event.settle()
+            self._observe(range(missed, missed + 1))
+            self._wait()
+            begin, missed = missed + 1, self._first_missed()
+            self._note(token, begin, missed)
 
     def _layer_by_layer(self, bucket: int, first: int, token: int) -> bool:
         """The rest of a token whose layer `first` is routed, or being routed. Whether an expert was missing.
@@ -206,9 +250,7 @@ class GpuDecoder:
                 assert self.prefetcher is not None
                 after, guessed = self.model.moe_layers[ordinal + 1], self._guessed[ordinal + 1, 0].tolist()
                 self.experts.prefetch([(after, expert) for expert in guessed], self.prefetcher.at_most)
-            if self.observer is not None:
-                rows = slice(ordinal, ordinal + 1)
-                self.observer.routed(layer, self._ids[rows], self._weights[rows], self._probabilities[rows])
+            self._observe(range(ordinal, ordinal + 1))
         self._wait()
         return missed
 
@@ -238,17 +280,21 @@ class GpuDecoder:
         for place, _ in experts:
             self._decode.products[place].copy_(ffn.products[place], non_blocking=True)
 
-    def _note(self, token: int, routed: int) -> None:
-        """The first `routed` layers of a token launched whole had all experts: tell policy and observer, the
-        policy while the next token is computed."""
-        if self.observer is not None:
-            for ordinal, layer in enumerate(self.model.moe_layers[:routed]):
-                rows = slice(ordinal, ordinal + 1)
-                self.observer.routed(layer, self._ids[rows], self._weights[rows], self._probabilities[rows])
+    def _note(self, token: int, begin: int, end: int) -> None:
+        """Layers `begin` to `end` (of those with experts) of a token launched whole had all experts: tell the
+        observer, and the policy while the next token is computed."""
+        self._observe(range(begin, end))
         if self.experts.is_complete:
-            self.experts.counters.hits += routed * self.config.num_experts_per_tok
+            self.experts.counters.hits += (end - begin) * self.config.num_experts_per_tok
         else:
-            self._unreported = _TokenRouting(token, self._routing[:routed].clone())
+            self._unreported = _TokenRouting(token, begin, self._routing[begin:end].clone())
+
+    def _observe(self, ordinals: range) -> None:
+        if self.observer is None:
+            return
+        for ordinal in ordinals:
+            rows, layer = slice(ordinal, ordinal + 1), self.model.moe_layers[ordinal]
+            self.observer.routed(layer, self._ids[rows], self._weights[rows], self._probabilities[rows])
 
     def _report(self) -> None:
         """Tell the policy what an earlier token was routed to."""
@@ -256,12 +302,9 @@ class GpuDecoder:
             return
         token, self._unreported = self._unreported, None
         probabilities, weights, ids = self._one.routing_parts(token.routing)
-        scores = probabilities.numpy()
-        for ordinal in range(len(token.routing)):
-            self.experts.hit_event(
-                self.model.moe_layers[ordinal], ids[ordinal].tolist(), weights[ordinal].tolist(),
-                scores[ordinal], token.token,
-            )  # fmt: skip
+        layers = self.model.moe_layers[token.begin : token.begin + len(token.routing)]
+        scores: Sequence[Sequence[float]] = probabilities.tolist()
+        self.experts.hit_events(token.token, layers, ids.tolist(), weights.tolist(), scores)
 
     def _mark(self) -> None:
         if self._routed is not None:
@@ -293,11 +336,12 @@ class GpuDecoder:
             h, probabilities, weights, ids = chunk_router(model, index, x)
             if self.observer is not None:
                 self.observer.routed(index, ids.cpu(), weights.cpu(), probabilities.cpu())
+            seen = round_to_int8(h) if self._rounds else h
             if self.experts.is_complete:
-                self._prefill.run(h, ids, self._one.table[ordinal], self.arena, weights)
+                self._prefill.run(seen, ids, self._one.table[ordinal], self.arena, weights)
                 distinct += torch.zeros_like(distinct).scatter_(0, ids.view(-1).long(), 1.0)
             else:
-                self._stream(index, h, ids, weights, probabilities, token_ids)
+                self._stream(index, seen, ids, weights, probabilities, token_ids)
             self._prefill.combine(weights, x)
             chunk_network(model, index, h, x)
             ordinal += 1
@@ -326,10 +370,23 @@ class GpuDecoder:
             self._prefill.run(h, ids, table.to(h.device, non_blocking=True), self.arena, weights)
 
 
+@contextmanager
+def out_of_memory_named() -> Iterator[None]:
+    """Turn a GPU that has no memory left, in mid-run, into a GpuError that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise GpuError(
+            "the GPU has no memory left within --vram-budget; leave it to this process, or try a smaller"
+            " --context or another --vram-budget"
+        ) from error
+
+
 class _TokenRouting(NamedTuple):
-    """What a token's layers were routed to: rows as in `OneToken.routing`."""
+    """What a token's layers from `begin` on were routed to: rows as in `OneToken.routing`."""
 
     token: int
+    begin: int  # of the layers with experts
     routing: Tensor
 
 
@@ -346,7 +403,8 @@ class _Steps:
         last = len(self._segments) - 1
         if at_once:
             self.whole(bucket)
-        if not self._decoder.experts.is_complete:
+        cache = self._decoder.experts
+        if not (cache.is_complete or cache.in_place):
             for ordinal in range(last + 1):
                 self.segment(bucket, ordinal, guessing)
                 if ordinal < last:
@@ -356,6 +414,11 @@ class _Steps:
     def whole(self, bucket: int) -> Graph:
         """The whole token, which sees the first `bucket` keys."""
         return self._graph("whole", bucket, 0, partial(self._whole, bucket))
+
+    def rest(self, bucket: int, ordinal: int) -> Graph:
+        """What follows the experts of layer `ordinal`, whose products are there."""
+        work = partial(self._rest, bucket, ordinal)
+        return self._graph("rest", bucket, ordinal, work, warm_up=False)  # in mid-token: not to run twice
 
     def segment(self, bucket: int, ordinal: int, guessing: bool) -> Graph:
         """From the experts' sum before layer `ordinal` (of those with experts) to its router, or to the
@@ -369,18 +432,30 @@ class _Steps:
 
     def late(self, ordinal: int) -> Graph:
         """Those that have come since, by the decoder's list of slots."""
-        return self._graph("late", 0, ordinal, partial(self._late, ordinal))
+        return self._graph("late", 0, ordinal, partial(self._late, ordinal), warm_up=False)
 
-    def _graph(self, what: str, bucket: int, ordinal: int, work: Callable[[], None]) -> Graph:
+    def _graph(
+        self, what: str, bucket: int, ordinal: int, work: Callable[[], None], warm_up: bool = True
+    ) -> Graph:
         key = (what, bucket, ordinal)
         if key not in self._graphs:
-            self._graphs[key] = Graph(work, self._decoder.model.device, self._pool)
+            self._graphs[key] = Graph(work, self._decoder.model.device, self._pool, warm_up)
         return self._graphs[key]
 
     def _whole(self, bucket: int) -> None:
+        self._decoder._one.table.copy_(self._decoder.table, non_blocking=True)
+        self._compute_from(bucket, 0)
+
+    def _rest(self, bucket: int, ordinal: int) -> None:
+        one = self._decoder._one
+        one.table.copy_(self._decoder.table, non_blocking=True)
+        one.missed.fill_(NO_MISS)
+        one.x.copy_(one.saved_x[ordinal])
+        self._compute_from(bucket, ordinal + 1)
+
+    def _compute_from(self, bucket: int, first: int) -> None:
         d, one, last = self._decoder, self._decoder._one, len(self._segments) - 1
-        one.table.copy_(d.table, non_blocking=True)
-        for ordinal in range(last + 1):
+        for ordinal in range(first, last + 1):
             self._compute_segment(bucket, ordinal)
             if ordinal < last:
                 self._run(ordinal)
@@ -426,9 +501,10 @@ class _Steps:
 
     def _run(self, ordinal: int) -> None:
         one = self._decoder._one
-        self._decoder._decode.run(one.h[ordinal], one.slots[ordinal], self._decoder.arena)
+        d = self._decoder
+        d._decode.run(one.h[ordinal], one.slots[ordinal], d.arena, d.ram_arena)
 
     def _late(self, ordinal: int) -> None:
         d = self._decoder
         d._late.copy_(d._late_slots, non_blocking=True)
-        d._decode.run(d._one.h[ordinal], d._late, d.arena)
+        d._decode.run(d._one.h[ordinal], d._late, d.arena, d.ram_arena)

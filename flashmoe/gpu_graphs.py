@@ -11,17 +11,20 @@ import torch
 class Graph:
     """`work` as one launch. It must only enqueue, on tensors that stay where they are."""
 
-    def __init__(self, work: Callable[[], None], device: torch.device, pool: "GraphPool") -> None:
-        """Runs `work` once, so that everything is compiled and loaded, then captures it. What it computes
-        that time must do no harm."""
+    def __init__(
+        self, work: Callable[[], None], device: torch.device, pool: "GraphPool", warm_up: bool = True
+    ) -> None:
+        """Captures `work`. `warm_up`: it runs once before, so that everything is compiled and loaded; what it
+        computes that time must do no harm."""
         self._work = work
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type != "cuda":
             return
         stream = pool.stream
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work()
+        if warm_up:
+            with torch.cuda.stream(stream):
+                work()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         # Copies from other threads go on meanwhile (reads into pinned memory call nothing of CUDA).

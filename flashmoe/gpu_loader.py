@@ -4,6 +4,7 @@ The only module that `loader.py` asks for when a run is on a GPU; without one, n
 Triton is not needed.
 """
 
+import ctypes
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,8 +36,10 @@ from kernels.triton_moe import ExpertPrefill
 
 SLOT_ALIGNMENT = 256
 PCIE_PROBE_BYTES = 32 << 20
+# What a layer costs the host when it looks at every layer, beyond the copies (docs/benchmarks.md).
+LAYER_BY_LAYER_S = 165e-6
 ROUNDED_TO = 16  # tokens of an expert, with --token-rounding: the lowest tile
-LOADING = "loading experts into VRAM"
+LOADING = "loading experts"
 
 
 def vram_plan(
@@ -75,9 +78,10 @@ def build_decoder(
     plan: VramPlan,
     run: RunConfig,
     device: torch.device,
+    packed: bool,
 ) -> GpuDecoder:
     """The tiers and the decoder; `weights` are on `device`. On a CPU device (tests) VRAM is ordinary memory
-    and the kernels need Triton's interpreter."""
+    and the kernels need Triton's interpreter. `packed`: every expert begins where its RAM slot begins."""
     c, on_gpu = config, device.type == "cuda"
     arena = torch.empty(plan.slots, plan.slot_bytes, dtype=torch.uint8, device=device)
     table = torch.full((c.num_moe_layers, c.num_experts), -1, dtype=torch.int32, pin_memory=on_gpu)
@@ -91,19 +95,31 @@ def build_decoder(
             run.exact_activations,
         )  # fmt: skip
         placement = calibrate(run.cpu_experts, engine, kernels, experts, c.hidden_size, top_k)
-        host_experts = ExpertFFN(kernels, experts, c.hidden_size, top_k, pinned=on_gpu)
+        if packed and reads_in_place(placement):
+            placement = None
+        if placement is not None:
+            host_experts = ExpertFFN(kernels, experts, c.hidden_size, top_k, pinned=on_gpu)
+    in_place = packed and placement is None and not plan.holds_all
     shape = (c.hidden_size, c.moe_intermediate_size, name, c.hidden_act, top_k)
     chunk, rounding = min(PREFILL_CHUNK, plan.context), ROUNDED_TO if run.token_rounding else 0
     return GpuDecoder(
         GpuModel(c, weights, plan.context, device, run.exact_activations),
-        _open_cache(c, ram, engine, table, placement, plan, run),
+        _open_cache(c, ram, engine, table, placement, in_place, plan, run),
         ExpertDecode(*shape, 1, device, run.exact_activations),
         ExpertPrefill(*shape, c.num_experts, chunk, device, rounding),
         arena,
         table,
         host_experts,
-        _prefetcher(plan, run),
+        None if in_place else _prefetcher(plan, run),
+        _ram_arena(ram) if in_place else None,
     )
+
+
+def reads_in_place(placement: Placement) -> bool:
+    """Whether a token is faster if the GPU reads experts in RAM over PCIe, and the host is not in the
+    way, than if the host looks at every layer to have the CPU compute them."""
+    on_cpu_s = LAYER_BY_LAYER_S + placement.round_trip_s + placement.cpu_s
+    return placement.mode == "auto" and placement.copy_s < on_cpu_s
 
 
 def use_policy(
@@ -111,11 +127,14 @@ def use_policy(
 ) -> VramCache:
     """Go on with empty slots under `run.policy` and `run.prefetch`; the cache before has been closed."""
     engine = _copy_engine(decoder.arena, decoder.config, expert_format)
-    placement = decoder.experts.placement
-    cache = _open_cache(decoder.config, ram, engine, decoder.table, placement, plan, run)
-    decoder.use_cache(cache, _prefetcher(plan, run))
-    if plan.holds_all:
-        fill_vram(cache, decoder.config, None)
+    before = decoder.experts
+    cache = _open_cache(
+        decoder.config, ram, engine, decoder.table, before.placement, before.in_place, plan, run
+    )
+    prefetcher, ram_arena = (None, _ram_arena(ram)) if before.in_place else (_prefetcher(plan, run), None)
+    decoder.use_cache(cache, prefetcher, ram_arena)
+    if ram.slots + plan.slots >= plan.experts:
+        read_all(cache, decoder.config, None)
     return cache
 
 
@@ -127,7 +146,7 @@ def _copy_engine(arena: Tensor, config: ModelConfig, expert_format: Format) -> C
 
 def _open_cache(
     config: ModelConfig, ram: ExpertCache, engine: CopyEngine, table: Tensor, placement: Placement | None,
-    plan: VramPlan, run: RunConfig,
+    in_place: bool, plan: VramPlan, run: RunConfig,
 ) -> VramCache:  # fmt: skip
     layers, per_layer = config.num_moe_layers, run.scope == "layer"
     capacity = plan.slots - plan.spare_slots
@@ -135,7 +154,14 @@ def _open_cache(
         capacity //= layers
     geometry = Geometry(layers, config.num_experts, config.num_experts_per_tok, capacity, per_layer)
     policy = build_policy(vram_policy(run.policy), geometry, run.seed)
-    return VramCache(ram, policy, geometry, engine, table.numpy(), placement, plan.spare_slots)
+    return VramCache(ram, policy, geometry, engine, table.numpy(), placement, plan.spare_slots, in_place)
+
+
+def _ram_arena(ram: ExpertCache) -> Tensor:
+    """[slots, slot bytes] uint8: the RAM slots, which the copy engine has pinned."""
+    address, nbytes = ram.arena
+    slots = torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)
+    return slots.view(ram.slots, -1)
 
 
 def vram_policy(policy: str) -> str:
@@ -151,10 +177,10 @@ def _prefetcher(plan: VramPlan, run: RunConfig) -> PrefetchSwitch | None:
     return PrefetchSwitch(AUTO_GUESSES if automatic else int(run.prefetch), automatic)
 
 
-def fill_vram(
+def read_all(
     cache: VramCache, config: ModelConfig, progress: Callable[[str, int, int], None] | None
 ) -> None:
-    """Where every expert has a slot: read them all."""
+    """Where every expert has a slot in VRAM or RAM: read them all, so that no token waits for the drive."""
     layers = [i for i, moe in enumerate(config.moe_layers) if moe]
     for done, layer in enumerate(layers, 1):
         for _ in cache.stream(layer, range(config.num_experts)):

@@ -17,10 +17,10 @@ from flashmoe.config import ModelConfig
 from flashmoe.gpu_attention import KV_DTYPE, GpuKVCache, attend_many, attend_one, visible
 from flashmoe.rotary import Rotary
 from flashmoe.weights import DenseWeights, LayerWeights, Weight
-from kernels.expert_slots import FLOATS
+from kernels.expert_slots import BITS, FLOATS
 from kernels.reference import ACTIVATIONS
 from kernels.triton_decode import GpuMatrix, linear, rope_and_store, route
-from kernels.triton_tiles import gather_rows, unpack_matrix
+from kernels.triton_tiles import gather_rows, round_to_int8, unpack_matrix
 
 NO_MISS = 2**31 - 1
 
@@ -213,9 +213,12 @@ def rms_norm(model: GpuModel, x: Tensor, weight: Tensor) -> Tensor:
     return functional.rms_norm(x, (x.shape[1],), weight, model.config.rms_norm_eps)
 
 
-def product(x: Tensor, weight: GpuMatrix, bias: Tensor | None = None) -> Tensor:
-    """x [T, columns] fp32 -> [T, rows] fp32, multiplied in 16 bits (fp32 if the weights are)."""
+def product(x: Tensor, weight: GpuMatrix, exact: bool, bias: Tensor | None = None) -> Tensor:
+    """x [T, columns] fp32 -> [T, rows] fp32, multiplied in 16 bits (fp32 if the weights are). Before packed
+    weights x is rounded to int8, as on the CPU, if not `exact`."""
     rows = _rows(weight) if weight.format in FLOATS else unpack_matrix(weight, torch.bfloat16)
+    if weight.format in BITS and not exact:
+        x = round_to_int8(x.contiguous())
     y = functional.linear(x.to(rows.dtype), rows).float()
     return y if bias is None else y.add_(bias)
 
@@ -224,7 +227,7 @@ def chunk_attention(model: GpuModel, index: int, x: Tensor) -> None:
     """x [T, D] += attention of layer `index`; keys and values go behind those in the KV cache."""
     c, layer, begin = model.config, model.layers[index], model.kv_cache.length
     w, tokens, d = layer.weights, len(x), model.config.head_dim
-    qkv = product(rms_norm(model, x, w.input_norm), layer.qkv, w.qkv_bias)
+    qkv = product(rms_norm(model, x, w.input_norm), layer.qkv, model.exact, w.qkv_bias)
     heads, kv = c.num_attention_heads * d, c.num_key_value_heads * d
     q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv], qkv[:, heads + kv :]
     if c.family.qk_norm == "full":
@@ -240,7 +243,7 @@ def chunk_attention(model: GpuModel, index: int, x: Tensor) -> None:
     values[begin : begin + tokens] = v
     seen = begin + tokens
     y = attend_many(_rotate(q, cos, sin).to(KV_DTYPE), keys[:seen], values[:seen], c.sliding_windows[index])
-    x.add_(product(y.float(), layer.o, w.o_bias))
+    x.add_(product(y.float(), layer.o, model.exact, w.o_bias))
 
 
 def chunk_router(model: GpuModel, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -261,13 +264,14 @@ def chunk_network(model: GpuModel, index: int, h: Tensor, x: Tensor) -> None:
     if layer.mlp is None:
         return
     gate, up, down = layer.mlp
-    y = product(ACTIVATIONS[model.config.hidden_act](product(h, gate), product(h, up)), down)
-    x.add_(y if layer.shared_gate is None else y * torch.sigmoid(product(h, layer.shared_gate)))
+    hidden = ACTIVATIONS[model.config.hidden_act](product(h, gate, model.exact), product(h, up, model.exact))
+    y = product(hidden, down, model.exact)
+    x.add_(y if layer.shared_gate is None else y * torch.sigmoid(product(h, layer.shared_gate, True)))
 
 
 def chunk_logits(model: GpuModel, x: Tensor) -> Tensor:
     """x [T, D] -> [T, V] fp32."""
-    return product(rms_norm(model, x, model.norm), model.lm_head)
+    return product(rms_norm(model, x, model.norm), model.lm_head, model.exact)
 
 
 def _rows(matrix: GpuMatrix) -> Tensor:

@@ -190,16 +190,19 @@ def _load_on_gpu(
     model: OpenedModel, plan: BudgetPlan, vram: "VramPlan", run: RunConfig, kernels: Context,
     probed: ProbeResult, progress: Progress | None,
 ) -> LoadedEngine:  # fmt: skip
-    from flashmoe.gpu_loader import allocating, build_decoder, fill_vram, limit_vram, pcie_mb_per_s
+    from flashmoe.gpu_loader import allocating, build_decoder, limit_vram, pcie_mb_per_s, read_all
 
     device = torch.device("cuda")
     limit_vram(vram)
     with _allocating(plan), allocating(vram):
         weights, dense_load_s = _load_dense(model, device, progress)
         ram = open_cache(model, plan, run, probed.reader)
-        decoder = build_decoder(model.config, weights, ram, kernels, model.expert_format, vram, run, device)
-        if vram.holds_all:
-            fill_vram(decoder.experts, model.config, progress)
+        decoder = build_decoder(
+            model.config, weights, ram, kernels, model.expert_format, vram, run, device,
+            packed=model.layout.packed is not None,
+        )  # fmt: skip
+        if plan.slots + vram.slots >= plan.experts:
+            read_all(decoder.experts, model.config, progress)
         decoder.warm_up()
         rate = pcie_mb_per_s()
     return LoadedEngine(Engine(decoder), weights, decoder.experts, probed, dense_load_s, rate)

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from kernels.expert_slots import BITS, GROUP, SCALE_BYTES, SUPER, TILE_ROWS, superblock_bytes
 from kernels.triton_decode import GpuMatrix
+from kernels.triton_gemv import quantise
 
 SUPERBLOCKS = 4  # of a program
+ROUNDED_GROUPS = 32  # likewise
 
 
 @triton.jit
@@ -57,6 +59,26 @@ def unpack_matrix(matrix: GpuMatrix, dtype: torch.dtype) -> Tensor:
         BITS=BITS[matrix.format], SUPER_BYTES=superblock_bytes(matrix.format), SUPERBLOCKS=SUPERBLOCKS,
         num_warps=1,
     )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _round_to_int8(x, out, columns, GROUPS: tl.constexpr):
+    """One program: GROUPS groups of 32 columns of a row."""
+    column = tl.program_id(1) * GROUPS * 32 + tl.arange(0, GROUPS * 32)
+    at = tl.reshape(tl.program_id(0).to(tl.int64) * columns + column, (GROUPS, 32))
+    inside = tl.reshape(column < columns, (GROUPS, 32))
+    codes, scales = quantise(tl.load(x + at, mask=inside, other=0.0))
+    tl.store(out + at, codes.to(tl.float32) * scales[:, None], mask=inside)
+
+
+def round_to_int8(x: Tensor) -> Tensor:
+    """x [T, K] fp32, each group of 32 columns rounded to int8 and a scale, as the CPU library does with what
+    meets int8 and int4 weights -> [T, K] fp32."""
+    out = torch.empty_like(x)
+    tokens, columns = x.shape
+    grid = (tokens, triton.cdiv(columns, ROUNDED_GROUPS * GROUP))
+    _round_to_int8[grid](x, out, columns, GROUPS=ROUNDED_GROUPS, num_warps=4)
     return out
 
 

@@ -7,7 +7,7 @@ import torch
 from kernels.native import Format, make_context, matrix_bytes, pack_matrix
 from kernels.native import unpack_matrix as unpack_on_cpu
 from kernels.triton_decode import GpuMatrix
-from kernels.triton_tiles import gather_rows, unpack_matrix
+from kernels.triton_tiles import gather_rows, round_to_int8, unpack_matrix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -35,3 +35,15 @@ def test_rows_of_an_embedding_are_those_of_the_whole_matrix(rows: int, columns: 
     matrix, expected = packed(Format.INT8, rows, columns)
     ids = torch.tensor([0, rows - 1, 17, 17, 3])
     assert torch.equal(gather_rows(matrix, ids.to(DEVICE)).cpu(), expected[ids])
+
+
+@pytest.mark.parametrize("columns", [32, 96, 576, 2080])
+def test_activations_are_rounded_in_groups_of_32(columns: int) -> None:
+    x = torch.randn(5, columns, generator=torch.Generator().manual_seed(columns))
+    x[1] = 0
+    x[2, :32] *= 1e-3
+    groups = x.view(5, -1, 32)
+    largest = groups.abs().amax(-1, keepdim=True)
+    codes = (groups * torch.where(largest > 0, 127 / largest, 0)).round()
+    expected = (codes * (largest / 127)).view(5, -1)
+    assert torch.allclose(round_to_int8(x.to(DEVICE)).cpu(), expected, rtol=1e-6, atol=1e-12)
