@@ -532,8 +532,8 @@ class VramCache:
         for key in leaving:
             slot = self._slots.pop(key)
             self._unlisted.pop(key, None)
-            self._enter(key, ABSENT)
-            self._moved_below(key, self.ram.slot(key))
+            below = self.ram.slot(key) if self.in_place else -1
+            self._enter(key, ABSENT if below < 0 else self._first + below)  # at once: the GPU may look
             if key in down:
                 self._copies.falling.append((key, slot))
             else:
