@@ -99,21 +99,22 @@ class Residency:
         surplus = len(self._pools[layer]) + len(self.held) + coming - self.geometry.capacity
         return self._evict(layer, surplus) if surplus > 0 else []
 
-    def is_full(self, layer: int) -> bool:
-        """Whether who comes to this layer displaces somebody."""
-        return len(self._pools[layer]) + len(self.held) >= self.geometry.capacity
+    def free(self, layer: int) -> int:
+        """How many may come to this layer's pool before somebody must leave it."""
+        return self.geometry.capacity - len(self._pools[layer]) - len(self.held)
 
-    def make_room_for(self, key: ExpertId) -> list[ExpertId] | None:
-        """Admit an expert that no event waits for, if the policy prefers it to a resident -> the victims,
-        none of them held; None if it stays outside."""
-        self.policy.inserted(key)
-        pool = self._pools[key[0]]
-        pool[key] = None
-        victims = self._evict(key[0], max(0, len(pool) + len(self.held) - self.geometry.capacity))
-        if key in victims:
-            return None
-        self._of_layer[key[0]].add(key)
-        return victims
+    def admit(self, keys: Sequence[ExpertId]) -> tuple[list[ExpertId], list[ExpertId]]:
+        """Admit experts of one pool that no event waits for, as far as the policy prefers them to residents
+        -> (those admitted, the victims, none of them held)."""
+        layer = keys[0][0]
+        for key in keys:
+            self.policy.inserted(key)
+            self._pools[layer][key] = None
+        gone = self._evict(layer, max(0, -self.free(layer)))
+        admitted = [key for key in keys if key not in gone]
+        for key in admitted:
+            self._of_layer[key[0]].add(key)
+        return admitted, [key for key in gone if key not in keys]
 
     def arrived(self, key: ExpertId) -> None:
         """An expert that the event lacked is resident now, and held."""

@@ -350,6 +350,10 @@ class ExpertCache:
             completion = self._arrived_already()
         return arrived
 
+    @property
+    def has_guesses(self) -> bool:
+        return bool(self._guesses or self._staged)
+
     def give_up_guesses(self, ordinal: int) -> None:
         """Those of a layer whose event has begun."""
         if self._guesses or self._staged:

@@ -76,7 +76,8 @@ class VramCache:
         self._idle_s = 0.0  # of PCIe by the cost model: for what the CPU computed and VRAM should have
         self._wanted: tuple[list[ExpertId], int] | None = None  # guesses that wait for the event's end
         self._used_in_place: dict[ExpertId, None] = {}  # since the last promotions
-        self._promoting: list[tuple[ExpertId, int, Ticket, list[ExpertId]]] = []  # who, slot, copy, victims
+        # Whom `promote` copies, with slots and copies, and whom they displace; of one pool each.
+        self._promoting: list[tuple[list[tuple[ExpertId, int, Ticket]], list[ExpertId]]] = []
         self._table_changes: tuple[list[int], list[int], list[int]] | None = None  # layers, experts, slots
         self._is_committed = False  # the table has them, and nothing else yet
         self._promotable = 0.0  # what may still be copied beside reading in place, in experts
@@ -124,18 +125,22 @@ class VramCache:
         """Book such events of some layers of a token: ids and weights [layers][K], scores [layers][E]."""
         self._end_event()
         self._open = True
+        lacking: list[ExpertId] = []
+        guesses = bool(self._staged) or self.ram.has_guesses
         for i, layer in enumerate(layers):
             ordinal, routed = self._ordinals[layer], ids[i]
             seen = (weights[i], None if scores is None else scores[i], token)
             self._observe_below(ordinal, routed, seen)
             if self._evicts:
                 self.policy.step(ordinal, routed, *seen)
-            lacking: list[ExpertId] = []
             if self.in_place:
-                lacking = [key for expert in routed if (key := (ordinal, expert)) not in self._slots]
-                self._note_in_place(lacking, len(lacking))
-            self.counters.hits += len(routed) - len(lacking)
-            self._give_up_guesses(ordinal)
+                lacking += [key for expert in routed if (key := (ordinal, expert)) not in self._slots]
+            self.counters.hits += len(routed)
+            if guesses:
+                self._give_up_guesses(ordinal)
+        if lacking:
+            self.counters.hits -= len(lacking)
+            self._note_in_place(lacking, len(lacking))
         self._close_event()
 
     def fetch(
@@ -196,32 +201,40 @@ class VramCache:
         self._table_changes = None
         used, self._used_in_place = self._used_in_place, {}
         self._promotable = min(self._promotable + PROMOTED_SHARE * len(used), float(self._up.spare))
-        layers, first = len(self._ready_of), self._promoted_layer + 1
-        for key in sorted(used, key=lambda key: (key[0] - first) % layers):  # each layer in its turn
-            if not self._copies.free:
-                break
-            if self._up.is_full(key[0]) and self._promotable < 1:
-                continue
-            if key in self._up or key in self._slots or not self.ram.holds(key):
-                continue
-            leaving = self._up.make_room_for(key)
-            if leaving is not None:
-                self._promoting.append((key, *self._copies.up(key), leaving))
-                self._promotable -= bool(leaving)
-                self._promoted_layer = key[0]
+        for keys in self._candidates(used):
+            admitted, leaving = self._up.admit(keys)
+            if admitted:
+                self._promoting.append(([(key, *self._copies.up(key)) for key in admitted], leaving))
+                self._promotable -= len(leaving)
+                self._promoted_layer = admitted[-1][0]
         self._close_event()
         if self.ram.lower.holds_all and self._promoting:
             changes: dict[ExpertId, int] = {}
-            for key, slot, _, leaving in self._promoting:
-                changes |= {key: slot} | {victim: self._first + self.ram.slot(victim) for victim in leaving}
+            for coming, leaving in self._promoting:
+                changes |= {key: slot for key, slot, _ in coming}
+                changes |= {key: self._first + self.ram.slot(key) for key in leaving}
             self._table_changes = [k[0] for k in changes], [k[1] for k in changes], list(changes.values())
+
+    def _candidates(self, used: Iterable[ExpertId]) -> Iterator[list[ExpertId]]:
+        """What may be promoted, pool by pool: each layer in its turn, as far as slots last."""
+        layers, first = len(self._ready_of), self._promoted_layer + 1
+        per_layer, slots = self._up.geometry.per_layer, len(self._copies.free)
+        pools: dict[int, list[ExpertId]] = {}
+        for key in sorted(used, key=lambda key: (key[0] - first) % layers):
+            if key not in self._slots and key not in self._up and self.ram.holds(key):
+                pools.setdefault(key[0] if per_layer else 0, []).append(key)
+        for keys in pools.values():
+            most = min(slots, self._up.free(keys[0][0]) + int(self._promotable))
+            if most > 0:
+                yield keys[:most]
+                slots -= most
 
     def commit(self) -> None:
         """Enter in the table what `promote` has copied, and take out what it displaces. The GPU must be
         idle."""
         if not self._promoting or self._is_committed:
             return
-        self._engine.wait(self._promoting[-1][2])
+        self._engine.wait(self._promoting[-1][0][-1][2])
         if self._table_changes is None:
             self._book_promotions()
         else:  # where everything is in RAM, the rest has time until the GPU is at work again
@@ -234,14 +247,14 @@ class VramCache:
         self._is_committed = False
         self._begin_event()
         promoting, self._promoting, self._table_changes = self._promoting, [], None
-        for key, slot, _, leaving in promoting:
-            self._leave(leaving, self.ram.begin_below([key], [key], leaving, [key]))
-            self._slots[key] = slot
-            self._enter(key, slot)
-            self.ram.copied(key)
-            self.ram.end_event()
-            self._copies.let_fall()
-        self.counters.promoted += len(promoting)
+        for coming, leaving in promoting:
+            if self.ram.lower.holds_all:
+                self._exchange(coming, leaving)
+            else:  # one by one: what falls needs the RAM slot of what rises
+                for i, one in enumerate(coming):
+                    self._exchange([one], leaving[i : i + 1])
+                    self._copies.let_fall()
+        self.counters.promoted += sum(len(coming) for coming, _ in promoting)
         self._let_fall()
         self._close_event()
 
@@ -485,8 +498,8 @@ class VramCache:
             assert self.placement is not None
             if self._idle_s < self.placement.copy_s:
                 return
-            leaving = self._up.make_room_for(key)
-            if leaving is None:
+            admitted, leaving = self._up.admit([key])
+            if not admitted:
                 continue
             self._idle_s -= self.placement.copy_s
             self._leave(leaving, self.ram.begin_below([key], [key], leaving, ()))
@@ -526,6 +539,18 @@ class VramCache:
         """An expert is in a slot of RAM, or -1: not any more."""
         if self.in_place and (key not in self._slots or key in self._unlisted):
             self._enter(key, ABSENT if slot < 0 else self._first + slot)
+
+    def _exchange(
+        self, coming: Sequence[tuple[ExpertId, int, Ticket]], leaving: Sequence[ExpertId]
+    ) -> None:
+        """Residents of one pool for others, which have been copied."""
+        keys = [key for key, _, _ in coming]
+        self._leave(leaving, self.ram.begin_below(keys, keys, leaving, keys))
+        for key, slot, _ in coming:
+            self._slots[key] = slot
+            self._enter(key, slot)
+            self.ram.copied(key)
+        self.ram.end_event()
 
     def _leave(self, leaving: Iterable[ExpertId], down: Collection[ExpertId]) -> None:
         """Give slots up: at once, or of those that go `down`, when they have been copied out."""

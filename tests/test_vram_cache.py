@@ -603,7 +603,7 @@ def test_what_is_promoted_is_seen_when_it_is_committed_and_not_before() -> None:
     assert ((tiers.table >= 0) & (tiers.table < tiers.cache._first)).sum() == 3
     c = tiers.cache.counters
     assert (c.misses, c.in_place) == (6, 6)
-    assert c.bytes_in == (6 + 4) * EXPERT_BYTES  # three fill VRAM, and a quarter of six displaces one
+    assert c.bytes_in == (6 + 3) * EXPERT_BYTES
     tiers.check()
 
 
