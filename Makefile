@@ -5,12 +5,16 @@ BIN := $(VENV)/bin
 # Smaller than the demo model (714 MiB on disk), interpreter and torch included; `flashmoe plan` shows the parts.
 DEMO_BUDGET ?= 712M
 
-.PHONY: demo test check install rebuild clean
+.PHONY: demo test test-gpu check install rebuild clean
 demo: $(VENV)/.installed
 	$(BIN)/flashmoe run --ram-budget $(DEMO_BUDGET) --temperature 0 --prompt "What is the capital of France?"
 
 test: check
 	$(BIN)/python -m pytest
+
+# Where torch sees an NVIDIA GPU: the kernels themselves instead of Triton's interpreter, and what needs their speed.
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/test_triton_*.py tests/test_gpu_*.py tests/test_copy_engine.py tests/test_vram_*.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

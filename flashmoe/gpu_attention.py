@@ -62,15 +62,6 @@ def bucket_for(length: int, context: int) -> int:
     return min(bucket, whole)
 
 
-def visible(position: Tensor, bucket: int, window: int | None) -> Tensor:
-    """Which keys a token at `position` [1] sees -> additive mask [bucket] fp16."""
-    places = torch.arange(bucket, device=position.device)
-    seen = places <= position
-    if window is not None:
-        seen &= places > position - window
-    return torch.where(seen, 0.0, MASKED).to(KV_DTYPE)
-
-
 def attend_one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, out: Tensor) -> None:
     """One token: q [H, d], keys and values [B, G, d], mask [B] -> out [1, H * d] fp32."""
     bucket, kv_heads, head_dim = keys.shape

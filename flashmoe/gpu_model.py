@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from flashmoe.config import ModelConfig
-from flashmoe.gpu_attention import KV_DTYPE, GpuKVCache, attend_many, attend_one, visible
+from flashmoe.gpu_attention import KV_DTYPE, MASKED, GpuKVCache, attend_many, attend_one
 from flashmoe.rotary import Rotary
 from flashmoe.weights import DenseWeights, LayerWeights, Weight
 from kernels.expert_slots import BITS, FLOATS
 from kernels.reference import ACTIVATIONS
 from kernels.triton_decode import GpuMatrix, linear, rope_and_store, route
-from kernels.triton_tiles import gather_rows, round_to_int8, unpack_matrix
+from kernels.triton_tiles import round_to_int8, unpack_matrix
+from kernels.triton_token import embed_rows, mark_visible
 
 NO_MISS = 2**31 - 1
 
@@ -106,7 +107,8 @@ class OneToken:
         width = max((m.mlp[0].rows for m in model.layers if m.mlp is not None), default=0)
         self._gate, self._up, self._down = empty(1, width), empty(1, width), empty(1, c.hidden_size)
         self._factor = empty(1, 1)
-        self._masks: dict[int | None, Tensor] = {}
+        keys = len(model.kv_cache.tensors(0)[0])
+        self._masks = {window: empty(keys, dtype=KV_DTYPE) for window in set(c.sliding_windows)}
 
     def routing_parts(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """rows [..., E + 2 K] -> probabilities [..., E], weights [..., K], ids [..., K] int32."""
@@ -116,10 +118,9 @@ class OneToken:
 
     def embed(self, bucket: int) -> None:
         """x of `token`; what `position` sees of the first `bucket` keys."""
-        self.x.copy_(embed(self.model, self.token))
-        self.missed.fill_(NO_MISS)
-        windows = set(self.model.config.sliding_windows)
-        self._masks = {window: visible(self.position, bucket, window) for window in windows}
+        embed_rows(self.model.embedding, self.token, self.x, self.missed, NO_MISS)
+        for window, mask in self._masks.items():
+            mark_visible(self.position, mask[:bucket], window, MASKED)
         self._bucket = bucket
 
     def attention(self, index: int) -> None:
@@ -138,7 +139,7 @@ class OneToken:
             eps=c.rms_norm_eps, clip=c.clip_qkv or 0.0,
         )  # fmt: skip
         seen = self._bucket
-        mask = self._masks[c.sliding_windows[index]]
+        mask = self._masks[c.sliding_windows[index]][:seen]
         attend_one(self._q[0], keys[:seen], values[:seen], mask, self._y)
         linear(self._y, layer.o, self.x, bias=w.o_bias, residual=True, exact=m.exact)
 
@@ -202,10 +203,9 @@ class OneToken:
 
 def embed(model: GpuModel, tokens: Tensor) -> Tensor:
     """tokens [T] int64 -> [T, D] fp32."""
-    e = model.embedding
-    if e.format in FLOATS:
-        return functional.embedding(tokens, _rows(e)).float()
-    return gather_rows(e, tokens)
+    x = torch.empty(len(tokens), model.config.hidden_size, device=model.device)
+    embed_rows(model.embedding, tokens, x, torch.empty(1, dtype=torch.int32, device=model.device), NO_MISS)
+    return x
 
 
 def rms_norm(model: GpuModel, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
-"""Packed tiles (docs/kernels.md) as plain rows on a GPU: whole matrices for torch's products, rows for
-embeddings.
-
-Axis letters: N rows, K columns, T tokens.
+"""For a prompt's products by torch, on a GPU: packed tiles (docs/kernels.md) as plain rows, and activations
+rounded as they are before such weights. Axis letters: N rows, K columns, T tokens.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -11,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.expert_slots import BITS, GROUP, SCALE_BYTES, SUPER, TILE_ROWS, superblock_bytes
+from kernels.expert_slots import BITS, GROUP, SUPER, TILE_ROWS, superblock_bytes
 from kernels.triton_decode import GpuMatrix
 from kernels.triton_gemv import quantise
 
@@ -80,17 +78,3 @@ def round_to_int8(x: Tensor) -> Tensor:
     grid = (tokens, triton.cdiv(columns, ROUNDED_GROUPS * GROUP))
     _round_to_int8[grid](x, out, columns, GROUPS=ROUNDED_GROUPS, num_warps=4)
     return out
-
-
-def gather_rows(matrix: GpuMatrix, ids: Tensor) -> Tensor:
-    """Rows of int8 tiles: ids [T] int64, in range -> [T, K] fp32."""
-    assert matrix.format == "int8"
-    tiles = matrix.data.view(-1, -(-matrix.columns // SUPER), superblock_bytes("int8"))[ids // TILE_ROWS]
-    tokens, supers, _ = tiles.shape
-    row = (ids % TILE_ROWS).view(-1, 1, 1, 1)
-    scales = tiles[:, :, :SCALE_BYTES].contiguous().view(torch.float16).view(tokens, supers, -1, TILE_ROWS)
-    codes = tiles[:, :, SCALE_BYTES:].reshape(tokens, supers, -1, TILE_ROWS, 4)
-    scale = scales.take_along_dim(row, 3).float()  # [T, supers, 2, 1]
-    code = codes.take_along_dim(row.unsqueeze(-1), 3)  # [T, supers, 16 lines, 1, 4]
-    weights = (code.reshape(tokens, supers, -1, GROUP).float() - 128) * scale
-    return weights.view(tokens, -1)[:, : matrix.columns]

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashmoe.gpu_attention import KV_DTYPE, attend_many, attend_one, bucket_for, visible
+from flashmoe.gpu_attention import KV_DTYPE, MASKED, attend_many, attend_one, bucket_for
 from kernels.triton_attention import join_splits
+from kernels.triton_token import mark_visible
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -32,7 +33,8 @@ def test_one_token_sees_what_is_behind_it_in_its_window(
     q = random(heads, head_dim)
     keys, values = random(512, kv_heads, head_dim), random(512, kv_heads, head_dim)
     keys[position + 1 :] = 1e4  # what is not valid must not be seen
-    mask = visible(torch.tensor([position], dtype=torch.int32, device=DEVICE), 512, window)
+    mask = torch.full((512,), float("nan"), dtype=KV_DTYPE, device=DEVICE)
+    mark_visible(torch.tensor([position], dtype=torch.int32, device=DEVICE), mask, window, MASKED)
     out = torch.full((1, heads * head_dim), float("nan"), device=DEVICE)
     attend_one(q, keys, values, mask, out)
     places = torch.arange(512, device=DEVICE)

@@ -7,7 +7,7 @@ import torch
 from kernels.native import Format, make_context, matrix_bytes, pack_matrix
 from kernels.native import unpack_matrix as unpack_on_cpu
 from kernels.triton_decode import GpuMatrix
-from kernels.triton_tiles import gather_rows, round_to_int8, unpack_matrix
+from kernels.triton_tiles import round_to_int8, unpack_matrix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -28,13 +28,6 @@ def test_a_matrix_unpacks_as_on_the_cpu(format: Format, rows: int, columns: int)
     assert torch.equal(unpack_matrix(matrix, torch.float32).cpu(), expected)
     rounded = unpack_matrix(matrix, torch.bfloat16).float().cpu()
     assert torch.allclose(rounded, expected, rtol=2**-7, atol=0)  # Triton's interpreter cuts, a GPU rounds
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(50, 200), (33, 576)])
-def test_rows_of_an_embedding_are_those_of_the_whole_matrix(rows: int, columns: int) -> None:
-    matrix, expected = packed(Format.INT8, rows, columns)
-    ids = torch.tensor([0, rows - 1, 17, 17, 3])
-    assert torch.equal(gather_rows(matrix, ids.to(DEVICE)).cpu(), expected[ids])
 
 
 @pytest.mark.parametrize("columns", [32, 96, 576, 2080])
