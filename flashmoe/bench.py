@@ -239,6 +239,14 @@ class Bench:
             f"{result.median('share_of_bound'):.0%}",
         )
 
+    def memory_line(self) -> str:
+        """What was taken of the budgets, at the most; of VRAM what the whole GPU has in use now."""
+        line = f"peak RSS {format_bytes(host.peak_rss_bytes())} of {format_bytes(self.plan.budget_bytes)}"
+        if self.plan.vram is None:
+            return line
+        budget = format_bytes(self.plan.vram.budget_bytes)
+        return f"{line} RAM; {format_bytes(_vram_in_use())} of {budget} VRAM in use"
+
     def as_dict(self, results: Sequence[BenchResult]) -> dict[str, Any]:
         """For programs: what was measured, with what, and how much memory it took."""
         return {
@@ -250,6 +258,7 @@ class Bench:
             "threads": torch.get_num_threads(),
             "dense_load_s": self.loaded.dense_load_s,
             "peak_rss_bytes": host.peak_rss_bytes(),
+            "vram_in_use_bytes": None if self.plan.vram is None else _vram_in_use(),
             "probe": asdict(self.loaded.probed),
             "plan": dict(self.plan.as_dict()),
             "tests": [result.as_dict() for result in results],
@@ -303,6 +312,11 @@ class Bench:
             pcie_mb_per_s=self.loaded.pcie_mb_per_s,
             resident_token_s=decoder.resident_token_s() if is_decode else 0.0,
         )
+
+
+def _vram_in_use() -> int:
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def context_for(prompt_tokens: Sequence[int], decode_tokens: Sequence[int]) -> int:

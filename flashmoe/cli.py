@@ -163,7 +163,7 @@ def bench(arguments: argparse.Namespace, screen: Screen) -> int:
         results = list(measured.run(text, *tests, arguments.repeat, arguments.cold, screen.remark))
         show(_table([measured.columns, *(measured.row(result) for result in results)], " | "))
         start = "every repetition starts" if arguments.cold else "the very first repetition starts"
-        show(f"medians; {start} with empty slots")
+        show(f"medians; {start} with empty slots; {measured.memory_line()}")
         if arguments.json:
             screen.write(json.dumps(measured.as_dict(results)) + "\n")
     finally:

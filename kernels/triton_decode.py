@@ -1,4 +1,4 @@
-"""Decoding 1 to 4 tokens on a GPU: dense products, rotary embedding, router, experts. Triton kernels.
+"""Decoding 1 to 4 tokens on a GPU: dense products and experts here, what lies between them passed on.
 
 Every call launches its kernels on the current stream and does nothing else: no allocation, no
 synchronisation, so that CUDA graphs can hold them. Residual stream and activations are fp32 in memory. int4
@@ -9,8 +9,7 @@ On compute capability 9.0 and later kernels are launched programmatically depend
 before it ends, and reads its weights before it waits for it.
 
 Not covered: biases of experts.
-Axis letters: T tokens, D hidden, F expert width, E experts, K experts a token, H query heads, G KV heads, d
-head size.
+Axis letters: T tokens, D hidden, F expert width, K experts a token.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-return"
@@ -27,7 +26,6 @@ from torch import Tensor
 
 from kernels import expert_slots
 from kernels.triton_gemv import (
-    INTERPRETED,
     launch_options,
     load_block,
     load_tiles,
@@ -38,6 +36,13 @@ from kernels.triton_gemv import (
     tiles_product,
     wait_for_inputs,
 )
+from kernels.triton_rope import rope_and_store
+from kernels.triton_router import route
+
+__all__ = [
+    "ACTIVATIONS", "MOST_TOKENS", "ExpertDecode", "GpuMatrix", "Shape", "launch_shape", "linear",
+    "rope_and_store", "route",
+]  # fmt: skip
 
 MOST_TOKENS: Final = 4
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "swiglu_clamped")
@@ -151,216 +156,6 @@ def linear(
         _linear_rows[(triton.cdiv(weight.rows, shape.rows),)](
             x, weight.data, *arguments, FORMAT=weight.format, **flags
         )
-
-
-# ---- attention's surroundings ------------------------------------------------------------------------------
-
-
-@triton.jit
-def _rope_and_store(
-    qkv, cos, sin, position, keys, values, q_out, q_norm, k_norm, eps, clip, H: tl.constexpr, G: tl.constexpr,
-    d: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr, QK_NORM: tl.constexpr, CLIP: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """One head of one token a program: query heads, then keys, then values."""
-    wait_for_inputs(PDL)
-    t, head = tl.program_id(0), tl.program_id(1)
-    place = tl.load(position) + t
-    of_token = qkv + t * (H + 2 * G) * d
-    i = tl.arange(0, BLOCK)
-    inside = i < d
-    x = of_token + head * d
-    cached = place.to(tl.int64) * G * d + i
-    if head >= H + G:
-        v = tl.load(x + i, mask=inside, other=0.0)
-        if CLIP:
-            v = tl.minimum(tl.maximum(v, -clip), clip)
-        tl.store(values + cached + (head - H - G) * d, v.to(values.dtype.element_ty), mask=inside)
-    else:
-        is_key = head >= H
-        partner = tl.where(i < d // 2, i + d // 2, i - d // 2)
-        v = tl.load(x + i, mask=inside, other=0.0)
-        other = tl.load(x + partner, mask=inside, other=0.0)
-        if QK_NORM == "full":
-            heads = tl.where(is_key, G, H)
-            start = of_token + tl.where(is_key, H * d, 0)
-            j = tl.arange(0, FULL)
-            every = tl.load(start + j, mask=j < heads * d, other=0.0)
-            scale = tl.div_rn(
-                1.0, tl.sqrt_rn(tl.div_rn(tl.sum(every * every), (heads * d).to(tl.float32)) + eps)
-            )
-            weight = (k_norm + (head - H) * d) if is_key else (q_norm + head * d)
-            v = v * scale * tl.load(weight + i, mask=inside, other=0.0)
-            other = other * scale * tl.load(weight + partner, mask=inside, other=0.0)
-        if CLIP:
-            v = tl.minimum(tl.maximum(v, -clip), clip)
-            other = tl.minimum(tl.maximum(other, -clip), clip)
-        if QK_NORM == "head":
-            scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(v * v) / d + eps))
-            weight = k_norm if is_key else q_norm
-            v = v * scale * tl.load(weight + i, mask=inside, other=0.0)
-            other = other * scale * tl.load(weight + partner, mask=inside, other=0.0)
-        angle = place.to(tl.int64) * d + i
-        c = tl.load(cos + angle, mask=inside, other=0.0)
-        s = tl.load(sin + angle, mask=inside, other=0.0)
-        rotated = v * c + tl.where(i < d // 2, -other, other) * s
-        if is_key:
-            tl.store(keys + cached + (head - H) * d, rotated.to(keys.dtype.element_ty), mask=inside)
-        else:
-            tl.store(q_out + (t * H + head) * d + i, rotated.to(q_out.dtype.element_ty), mask=inside)
-
-
-def rope_and_store(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    q_out: Tensor,
-    *,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    qk_norm: str = "none",
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float = 0.0,
-    clip: float = 0.0,
-) -> None:
-    """Norm, clip and rotate queries and keys; queries into q_out, keys and values into the cache.
-
-    qkv [T, (H + 2 G) d] fp32; cos, sin [context, d] fp32; position int32 [1] on the device, that of token 0;
-    keys, values [context, G, d] and q_out [T, H, d] of any one float type. qk_norm: "none", "head" (q_norm,
-    k_norm [d]; after clipping) or "full" ([H d], [G d]; before). clip 0: none. Halves are paired as in
-    Hugging Face checkpoints.
-    """
-    tokens = len(qkv)
-    assert qkv.shape == (tokens, (heads + 2 * kv_heads) * head_dim) and qkv.is_contiguous()
-    assert qk_norm in ("none", "head", "full")
-    block = triton.next_power_of_2(head_dim)
-    _rope_and_store[(tokens, heads + 2 * kv_heads)](
-        qkv, cos, sin, position, keys, values, q_out, qkv if q_norm is None else q_norm,
-        qkv if k_norm is None else k_norm, eps, clip, H=heads, G=kv_heads, d=head_dim, BLOCK=block,
-        FULL=triton.next_power_of_2(heads * head_dim), QK_NORM=qk_norm, CLIP=clip > 0,
-        num_warps=4 if qk_norm == "full" else 1, **launch_options(qkv.device),
-    )  # fmt: skip
-
-
-# ---- router ------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _store_logits(
-    x, norm, eps, router, h_out, logits, saved, E: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
-    C: tl.constexpr, SAVE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One expert a program; the first one stores the normed x, and x."""
-    e = tl.program_id(0)
-    c = tl.arange(0, C)
-    inside = c < D
-    gain = tl.load(norm + c, mask=inside, other=0.0)
-    weight = tl.load(router + e * D + c, mask=inside, other=0.0) * gain
-    wait_for_inputs(PDL)
-    for t in tl.static_range(T):
-        v = tl.load(x + t * D + c, mask=inside, other=0.0)
-        squares, logit = tl.split(tl.sum(tl.join(v * v, weight * v), axis=0))  # one reduction
-        scale = tl.div_rn(1.0, tl.sqrt_rn(squares / D + eps))
-        tl.store(logits + t * E + e, logit * scale)
-        if e == 0:
-            tl.store(h_out + t * D + c, v * scale * gain, mask=inside)
-            if SAVE:
-                tl.store(saved + t * D + c, v, mask=inside)
-
-
-@triton.jit
-def _after_all_writes(word):
-    """word, when whoever reads this GPU's writes, the host too, sees all that came before."""
-    if INTERPRETED:
-        return word
-    return tl.inline_asm_elementwise(
-        "membar.sys; mov.b32 $0, $1;", "=r,r", [word], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def _choose_experts(
-    probabilities, ids, weights, table, slots, missed, layer, flags, E: tl.constexpr, K: tl.constexpr,
-    P: tl.constexpr, NORMALISE: tl.constexpr, FLAGS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One token a program: softmax, then each expert's rank among all."""
-    t = tl.program_id(0)
-    e = tl.arange(0, P)
-    slot = tl.load(table + e, mask=e < E, other=0)  # older than the kernel before this one
-    wait_for_inputs(PDL)
-    logits = tl.load(probabilities + t * E + e, mask=e < E, other=-1e30)
-    raised = tl.exp(logits - tl.max(logits))
-    total = tl.sum(raised)
-    p = tl.div_rn(raised, total + tl.zeros((P,), tl.float32))
-    tl.store(probabilities + t * E + e, p, mask=e < E)
-    p = tl.where(e < E, p, -1.0)
-    before = (p[:, None] > p[None, :]) | ((p[:, None] == p[None, :]) & (e[:, None] < e[None, :]))
-    rank = tl.sum(before.to(tl.int32), axis=0)  # over rows: those of a thread first
-    # NaN has no order: then the first K, and whoever reads the logits reports it.
-    rank = tl.where(total == total, rank, e)
-    chosen = (rank < K) & (e < E)
-    w = p
-    if NORMALISE:
-        w = tl.div_rn(p, tl.sum(tl.where(chosen, p, 0.0)) + tl.zeros((P,), tl.float32))
-    place = t * K + rank
-    tl.store(ids + place, e, mask=chosen)
-    tl.store(weights + place, w, mask=chosen)
-    tl.store(slots + place, slot, mask=chosen)
-    absent = tl.min(tl.where(chosen, slot, 0)) < 0
-    if absent:
-        tl.atomic_min(missed, layer)
-    if FLAGS:
-        flags += t * (K + 1)
-        tl.store(flags + rank, e, mask=chosen)
-        tl.debug_barrier()
-        tl.store(flags + K, _after_all_writes(tl.where(absent, 2, 1)))
-
-
-def route(
-    x: Tensor,
-    norm: Tensor,
-    eps: float,
-    router: Tensor,
-    normalise: bool,
-    table: Tensor,
-    h_out: Tensor,
-    probabilities: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    slots: Tensor,
-    missed: Tensor,
-    layer: int,
-    saved: Tensor | None = None,
-    flags: Tensor | None = None,
-) -> None:
-    """The router of one layer and the norm before it, in fp32.
-
-    x [T, D] fp32, norm [D], router [E, D] fp32, table int32 [E]: each expert's slot, -1 for one that is
-    absent. Writes h_out [T, D], probabilities [T, E], and likeliest first (the lower id where two are equal)
-    ids int32 [T, K], weights [T, K] (normalise: summing to 1) and slots int32 [T, K]. missed int32 [1] =
-    min(missed, layer) if one is absent. saved [T, D]: a copy of x, if given.
-    flags int32 [T, K + 1], in pinned RAM, for a host that watches: ids, then, when those are written, 1 if all
-    are there, else 2. The host sets that word to 0 before.
-    """
-    tokens, hidden = x.shape
-    experts, top_k = len(router), ids.shape[1]
-    assert tokens <= MOST_TOKENS and router.is_contiguous()
-    padded = triton.next_power_of_2(hidden)
-    options = launch_options(x.device)
-    _store_logits[(experts,)](
-        x, norm, eps, router, h_out, probabilities, x if saved is None else saved, E=experts, D=hidden,
-        T=tokens, C=padded, SAVE=saved is not None, num_warps=max(1, min(16, padded // 512)), **options,
-    )  # fmt: skip
-    _choose_experts[(tokens,)](
-        probabilities, ids, weights, table, slots, missed, layer, ids if flags is None else flags, E=experts,
-        K=top_k, P=max(2, triton.next_power_of_2(experts)), NORMALISE=normalise, FLAGS=flags is not None,
-        num_warps=4, **options,
-    )  # fmt: skip
 
 
 # ---- experts -----------------------------------------------------------------------------------------------

@@ -52,7 +52,8 @@ def recording_bench() -> tuple[Bench, RecordingEngine]:
         engine=engine, cache=SimpleNamespace(counters=counters), probed=SimpleNamespace(read_mb_per_s=100.0)
     )
     unused: Any = None
-    return Bench("letters", unused, unused, loaded), engine
+    on_cpu: Any = SimpleNamespace(vram=None)
+    return Bench("letters", unused, on_cpu, loaded), engine
 
 
 def letters(*texts: str) -> TokenText:

@@ -74,11 +74,12 @@ def compile_all(sm: int) -> dict[str, dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kernels import triton_decode as module
+    from kernels import triton_decode, triton_rope, triton_router
 
     found = {}
     for name, (kernel_name, constants, warps) in kernels(pdl=sm >= 90).items():
-        kernel = getattr(module, kernel_name)
+        modules = (triton_decode, triton_rope, triton_router)
+        kernel = next(getattr(module, kernel_name) for module in modules if hasattr(module, kernel_name))
         signature = {
             argument: "constexpr" if argument in constants else POINTERS.get(argument, "*fp32")
             for argument in kernel.arg_names
