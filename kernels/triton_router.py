@@ -1,4 +1,4 @@
-"""The router of one layer on a GPU, for a few tokens, and the norm before it, as in kernels/cpu/attention.cpp.
+"""The router of one layer on a GPU, for a few tokens, and the norm before it (kernels/cpu/attention.cpp).
 
 Two kernels: a program for each expert's logit; then one for each token, which ranks all experts at once: an
 expert's rank is the number of those that are likelier. As one kernel, in which the last program with a logit
