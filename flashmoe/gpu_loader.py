@@ -152,6 +152,11 @@ def _open_cache(
     capacity = plan.slots - plan.spare_slots
     if per_layer:
         capacity //= layers
+        if capacity < config.num_experts_per_tok:
+            raise BudgetError(
+                f"{plan.slots} VRAM slots for {layers} layers are fewer than the {config.num_experts_per_tok}"
+                " experts that each needs; try a larger --vram-budget or the global scope"
+            )
     geometry = Geometry(layers, config.num_experts, config.num_experts_per_tok, capacity, per_layer)
     policy = build_policy(vram_policy(run.policy), geometry, run.seed)
     return VramCache(ram, policy, geometry, engine, table.numpy(), placement, plan.spare_slots, in_place)

@@ -19,6 +19,8 @@ All of these are exact; the product with the group's scale, itself rounded to bf
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-return"
+from typing import Final
+
 import triton
 import triton.language as tl
 
@@ -34,8 +36,8 @@ _INT4_ONE = """
     fma.rn.bf16x2 t, t, one, zero_point;
     fma.rn.bf16x2 ${q}, t, $10, nothing;
 """
-_INT4 = tl.constexpr(
-    "{ .reg .b32 lo, hi, t, one, zero_point, nothing;"
+_INT4 = (
+    "{ WAIT .reg .b32 lo, hi, t, one, zero_point, nothing;"
     + _HALVES
     + "mov.b32 one, 0x3F803F80; mov.b32 zero_point, 0xC308C308; mov.b32 nothing, 0x80008000;"
     + "".join(
@@ -51,8 +53,8 @@ _MXFP4_ONE = """
     fma.rn.bf16x2 t, t, large, nothing;
     fma.rn.bf16x2 ${q}, t, $10, nothing;
 """
-_MXFP4 = tl.constexpr(
-    "{ .reg .b32 lo, hi, s, t, large, nothing;"
+_MXFP4 = (
+    "{ WAIT .reg .b32 lo, hi, s, t, large, nothing;"
     + _HALVES
     + "mov.b32 large, 0x7E807E80; mov.b32 nothing, 0x80008000;"
     + "".join(
@@ -75,8 +77,8 @@ _INT8_ONE = """
     fma.rn.bf16x2 t, t, one, s;
     fma.rn.bf16x2 ${q}, t, $6, nothing;
 """
-_INT8 = tl.constexpr(
-    "{ .reg .b32 s, t, one, nothing; mov.b32 one, 0x3F803F80; mov.b32 nothing, 0x80008000;"
+_INT8 = (
+    "{ WAIT .reg .b32 s, t, one, nothing; mov.b32 one, 0x3F803F80; mov.b32 nothing, 0x80008000;"
     + "".join(_INT8_ONE.format(bytes=hex(0x4400 + 0x1111 * q), q=q) for q in range(4))
     + "}"
 )
@@ -88,11 +90,12 @@ _FP8_ONE = """
     fma.rn.bf16x2 t, t, large, nothing;
     fma.rn.bf16x2 ${q}, t, $6, nothing;
 """
-_FP8 = tl.constexpr(
-    "{ .reg .b32 s, t, large, nothing; mov.b32 large, 0x7B807B80; mov.b32 nothing, 0x80008000;"
+_FP8 = (
+    "{ WAIT .reg .b32 s, t, large, nothing; mov.b32 large, 0x7B807B80; mov.b32 nothing, 0x80008000;"
     + "".join(_FP8_ONE.format(bytes=hex(0x4400 + 0x1111 * q), q=q) for q in range(4))
     + "}"
 )
+_CODE: Final = {"int4": _INT4, "mxfp4": _MXFP4, "int8": _INT8, "fp8": _FP8}
 _FOUR = tl.constexpr("=&r,=&r,=&r,=&r,r,r,r")
 _EIGHT = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r")
 
@@ -111,6 +114,12 @@ def plane_column(columns: int, codes: int) -> list[int]:
     return [column(p) for p in range(columns)]
 
 
+@triton.constexpr_function
+def _assembly(format, pending):
+    wait = f"wgmma.wait_group.sync.aligned {pending};" if pending >= 0 else ""
+    return _CODE[format].replace("WAIT", wait)
+
+
 @triton.jit
 def cast(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
     """x.to(dtype), to nearest; Triton's interpreter cuts the bits of a bf16 off."""
@@ -122,7 +131,10 @@ def cast(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def decode(words, scale, N: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr, INTERPRET: tl.constexpr):
+def decode(
+    words, scale, N: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr, PENDING: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
     """words int32 [N, S L], S blocks of 64 columns; scale bf16 of the same shape -> bf16 [N, 64 S], columns
     moved.
     """
@@ -134,7 +146,7 @@ def decode(words, scale, N: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr,
             d = tl.join(_slow(words, scale, 6, FORMAT), _slow(words, scale, 7, FORMAT))
         else:
             p0, p1, p2, p3, p4, p5, p6, p7 = tl.inline_asm_elementwise(
-                _INT4 if FORMAT == "int4" else _MXFP4, _EIGHT, [words, scale],
+                _assembly(FORMAT, PENDING), _EIGHT, [words, scale],
                 dtype=(tl.bfloat16,) * 8, is_pure=True, pack=2,
             )  # fmt: skip
             a = tl.join(p0, p1)
@@ -149,7 +161,7 @@ def decode(words, scale, N: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr,
             b = tl.join(_slow(words, scale, 2, FORMAT), _slow(words, scale, 3, FORMAT))
         else:
             p0, p1, p2, p3 = tl.inline_asm_elementwise(
-                _INT8 if FORMAT == "int8" else _FP8, _FOUR, [words, scale],
+                _assembly(FORMAT, PENDING), _FOUR, [words, scale],
                 dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2,
             )  # fmt: skip
             a = tl.join(p0, p1)

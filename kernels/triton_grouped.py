@@ -283,7 +283,7 @@ def _tiles_at(
 @triton.jit
 def _tiles(
     codes_at, scales_at, b, left, ALL: tl.constexpr, N: tl.constexpr, S: tl.constexpr, FORMAT: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    PENDING: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Blocks b to b + S of the tiles that the pointers name -> bf16 [N, 64 S], columns moved
     (triton_dequant.py).
@@ -305,7 +305,7 @@ def _tiles(
     words = tl.reshape(tl.permute(words, (0, 6, 1, 7, 2, 3, 5, 4)), (N, S * L))
     scale = (two >> (r % 2 * 16)[:, None]).to(tl.int16).to(tl.float16, bitcast=True)
     scale = _spread(cast(scale, tl.bfloat16, INTERPRET), N, S, L)
-    return decode(words, scale, N, S, FORMAT, INTERPRET)
+    return decode(words, scale, N, S, FORMAT, PENDING, INTERPRET)
 
 
 @triton.jit
@@ -338,7 +338,7 @@ def _rows_at(
 @triton.jit
 def _rows(
     codes_at, scales_at, b, n, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
-    FORMAT: tl.constexpr, INTERPRET: tl.constexpr,
+    FORMAT: tl.constexpr, PENDING: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Blocks b to b + S of rows n [BN] of a matrix [N, K] -> bf16 [BN, 64 S], columns moved."""
     L: tl.constexpr = 8 if FORMAT == "mxfp4" else 16
@@ -362,7 +362,7 @@ def _rows(
         power = (four >> (at % 4 * 8)) & 255
         scale = tl.where(power == 0, 0x0040, power << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
         scale = _spread(scale, BN, S, L)
-    return decode(words, scale, BN, S, FORMAT, INTERPRET)
+    return decode(words, scale, BN, S, FORMAT, PENDING, INTERPRET)
 
 
 @triton.jit
@@ -370,7 +370,7 @@ def _packed_up_tile(
     x, arena, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k,
     UP: tl.constexpr, GATE_SCALES: tl.constexpr, UP_SCALES: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, LD_X: tl.constexpr, LD_H: tl.constexpr, ACTIVATION: tl.constexpr,
-    FORMAT: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    FORMAT: tl.constexpr, WHOLE: tl.constexpr, ASYNC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One tile [BM, BN] of h. WHOLE: gate and up in one product, else each in its own."""
@@ -407,31 +407,36 @@ def _packed_up_tile(
             gate_at += second * (UP // 4)
             gate_scales += second * ((UP_SCALES - GATE_SCALES) // 4)
     if WHOLE:
+        TURNS: tl.constexpr = 2 if WHOLE == 1 and LD_X % (2 * BK) == 0 else 1
+        PENDING: tl.constexpr = TURNS - 1 if ASYNC else -1
         acc = tl.zeros((2 * BN, BM), tl.float32)
-        for b in tl.range(0, LD_X // 64, S):
-            xv = tl.load(x_at + b * 64).T
-            if TILED:
-                w = _tiles(gate_at, gate_scales, b, left, ALL, 2 * BN, S, FORMAT, INTERPRET)
-            else:
-                w = _rows(gate_at, gate_scales, b, rows, F, D, 2 * BN, S, FORMAT, INTERPRET)
-            acc = _dot(w, xv, acc, INTERPRET)
+        for first_b in tl.range(0, LD_X // 64, TURNS * S):
+            for turn in tl.static_range(TURNS):
+                b = first_b + turn * S
+                xv = tl.load(x_at + b * 64).T
+                if TILED:
+                    w = _tiles(gate_at, gate_scales, b, left, ALL, 2 * BN, S, FORMAT, PENDING, INTERPRET)
+                else:
+                    w = _rows(gate_at, gate_scales, b, rows, F, D, 2 * BN, S, FORMAT, PENDING, INTERPRET)
+                acc = _dot(w, xv, acc, INTERPRET)
         gate, up = tl.split(tl.permute(tl.reshape(acc, (BN // 8, 2, 8, BM)), (0, 2, 3, 1)))
         out = cast(activate(gate, up, ACTIVATION, INTERPRET), h.dtype.element_ty, INTERPRET)
         out = tl.reshape(out, (BN, BM)).T
     else:
+        PENDING: tl.constexpr = min(BK // 16, 7) if ASYNC else -1
         gate = tl.zeros((BN, BM), tl.float32)
         up = tl.zeros((BN, BM), tl.float32)
         for b in tl.range(0, LD_X // 64, S):
             xv = tl.load(x_at + b * 64).T
             if TILED:
-                w = _tiles(gate_at, gate_scales, b, left, ALL, BN, S, FORMAT, INTERPRET)
+                w = _tiles(gate_at, gate_scales, b, left, ALL, BN, S, FORMAT, PENDING, INTERPRET)
             else:
-                w = _rows(gate_at, gate_scales, b, rows, F, D, BN, S, FORMAT, INTERPRET)
+                w = _rows(gate_at, gate_scales, b, rows, F, D, BN, S, FORMAT, PENDING, INTERPRET)
             gate = _dot(w, xv, gate, INTERPRET)
             if TILED:
-                w = _tiles(up_at, up_scales, b, left, ALL, BN, S, FORMAT, INTERPRET)
+                w = _tiles(up_at, up_scales, b, left, ALL, BN, S, FORMAT, PENDING, INTERPRET)
             else:
-                w = _rows(up_at, up_scales, b, rows, F, D, BN, S, FORMAT, INTERPRET)
+                w = _rows(up_at, up_scales, b, rows, F, D, BN, S, FORMAT, PENDING, INTERPRET)
             up = _dot(w, xv, up, INTERPRET)
         out = cast(activate(gate, up, ACTIVATION, INTERPRET), h.dtype.element_ty, INTERPRET)
         if TILED:
@@ -454,24 +459,24 @@ def _packed_up_tiles(
     x, arena, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k,
     UP: tl.constexpr, GATE_SCALES: tl.constexpr, UP_SCALES: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, LD_X: tl.constexpr, LD_H: tl.constexpr, ACTIVATION: tl.constexpr,
-    FORMAT: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    FORMAT: tl.constexpr, WHOLE: tl.constexpr, ASYNC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """At a half or a quarter of the height where that is enough for what is left of the expert."""
     if BM < SPLIT:
         _packed_up_tile(
             x, arena, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k, UP, GATE_SCALES, UP_SCALES,
-            D, F, LD_X, LD_H, ACTIVATION, FORMAT, WHOLE, BM, BN, BK, INTERPRET,
+            D, F, LD_X, LD_H, ACTIVATION, FORMAT, WHOLE, ASYNC, BM, BN, BK, INTERPRET,
         )  # fmt: skip
     elif count - m0 <= BM // 2:
         _packed_up_tiles(
             x, arena, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k, UP, GATE_SCALES, UP_SCALES,
-            D, F, LD_X, LD_H, ACTIVATION, FORMAT, WHOLE, BM // 2, BN, BK, INTERPRET,
+            D, F, LD_X, LD_H, ACTIVATION, FORMAT, WHOLE, ASYNC, BM // 2, BN, BK, INTERPRET,
         )  # fmt: skip
     else:
         _packed_up_tile(
             x, arena, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k, UP, GATE_SCALES, UP_SCALES,
-            D, F, LD_X, LD_H, ACTIVATION, FORMAT, WHOLE, BM, BN, BK, INTERPRET,
+            D, F, LD_X, LD_H, ACTIVATION, FORMAT, WHOLE, ASYNC, BM, BN, BK, INTERPRET,
         )  # fmt: skip
 
 
@@ -480,7 +485,7 @@ def packed_up(
     x, arena, h, records, pairs, n_records, slot_bytes, top_k,
     UP: tl.constexpr, GATE_SCALES: tl.constexpr, UP_SCALES: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, LD_X: tl.constexpr, LD_H: tl.constexpr, ACTIVATION: tl.constexpr,
-    FORMAT: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    FORMAT: tl.constexpr, WHOLE: tl.constexpr, ASYNC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """x [T, LD_X] -> h [P, LD_H], pairs sorted by expert, the columns of both moved. UP, *_SCALES: bytes into
@@ -494,7 +499,7 @@ def packed_up(
         m0, n0 = m_tile * BM, n_tile * BN
         _packed_up_tiles(
             x, arena, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k, UP, GATE_SCALES, UP_SCALES,
-            D, F, LD_X, LD_H, ACTIVATION, FORMAT, WHOLE, BM, BN, BK, INTERPRET,
+            D, F, LD_X, LD_H, ACTIVATION, FORMAT, WHOLE, ASYNC, BM, BN, BK, INTERPRET,
         )  # fmt: skip
         t += tl.num_programs(0)
 
@@ -503,7 +508,7 @@ def packed_up(
 def _packed_down_tile(
     h, arena, products, pairs, slot, m0, n0, row0, count, slot_bytes,
     DOWN: tl.constexpr, DOWN_SCALES: tl.constexpr, D: tl.constexpr, F: tl.constexpr, LD_H: tl.constexpr,
-    FORMAT: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    FORMAT: tl.constexpr, WHOLE: tl.constexpr, ASYNC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One tile [BM, BN] of products: WHOLE, or as two halves, each a product of its own.
@@ -530,23 +535,27 @@ def _packed_down_tile(
         at0, scales0 = _rows_at(expert + DOWN, expert + DOWN_SCALES, n, F, S, FORMAT)
         if not WHOLE:
             at1, scales1 = _rows_at(expert + DOWN, expert + DOWN_SCALES, n + PART, F, S, FORMAT)
+    TURNS: tl.constexpr = 2 if WHOLE == 1 and LD_H % (2 * BK) == 0 else 1
+    PENDING: tl.constexpr = (TURNS - 1 if WHOLE else min(BK // 16, 7)) if ASYNC else -1
     acc0 = tl.zeros((PART, BM), tl.float32)
     if not WHOLE:
         acc1 = tl.zeros((PART, BM), tl.float32)
-    for b in tl.range(0, LD_H // 64, S):
-        hv = tl.load(h_at + b * 64).T
-        if TILED:
-            w = _tiles(at0, scales0, b, TILES - first, ALL, PART, S, FORMAT, INTERPRET)
-        else:
-            w = _rows(at0, scales0, b, n, D, F, PART, S, FORMAT, INTERPRET)
-        acc0 = _dot(w, hv, acc0, INTERPRET)
-        if not WHOLE:
+    for first_b in tl.range(0, LD_H // 64, TURNS * S):
+        for turn in tl.static_range(TURNS):
+            b = first_b + turn * S
+            hv = tl.load(h_at + b * 64).T
             if TILED:
-                left = TILES - first - PART // 16
-                w = _tiles(at1, scales1, b, left, ALL, PART, S, FORMAT, INTERPRET)
+                w = _tiles(at0, scales0, b, TILES - first, ALL, PART, S, FORMAT, PENDING, INTERPRET)
             else:
-                w = _rows(at1, scales1, b, n + PART, D, F, PART, S, FORMAT, INTERPRET)
-            acc1 = _dot(w, hv, acc1, INTERPRET)
+                w = _rows(at0, scales0, b, n, D, F, PART, S, FORMAT, PENDING, INTERPRET)
+            acc0 = _dot(w, hv, acc0, INTERPRET)
+            if not WHOLE:
+                if TILED:
+                    left = TILES - first - PART // 16
+                    w = _tiles(at1, scales1, b, left, ALL, PART, S, FORMAT, PENDING, INTERPRET)
+                else:
+                    w = _rows(at1, scales1, b, n + PART, D, F, PART, S, FORMAT, PENDING, INTERPRET)
+                acc1 = _dot(w, hv, acc1, INTERPRET)
     live = m < count
     row = tl.load(pairs + row0 + m, mask=live, other=0).to(tl.int64)
     at = products + row[:, None] * D + n[None, :]
@@ -561,24 +570,24 @@ def _packed_down_tile(
 def _packed_down_tiles(
     h, arena, products, pairs, slot, m0, n0, row0, count, slot_bytes,
     DOWN: tl.constexpr, DOWN_SCALES: tl.constexpr, D: tl.constexpr, F: tl.constexpr, LD_H: tl.constexpr,
-    FORMAT: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    FORMAT: tl.constexpr, WHOLE: tl.constexpr, ASYNC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """At a half or a quarter of the height where that is enough for what is left of the expert."""
     if BM < SPLIT:
         _packed_down_tile(
             h, arena, products, pairs, slot, m0, n0, row0, count, slot_bytes, DOWN, DOWN_SCALES, D, F,
-            LD_H, FORMAT, WHOLE, BM, BN, BK, INTERPRET,
+            LD_H, FORMAT, WHOLE, ASYNC, BM, BN, BK, INTERPRET,
         )  # fmt: skip
     elif count - m0 <= BM // 2:
         _packed_down_tiles(
             h, arena, products, pairs, slot, m0, n0, row0, count, slot_bytes, DOWN, DOWN_SCALES, D, F,
-            LD_H, FORMAT, WHOLE, BM // 2, BN, BK, INTERPRET,
+            LD_H, FORMAT, WHOLE, ASYNC, BM // 2, BN, BK, INTERPRET,
         )  # fmt: skip
     else:
         _packed_down_tile(
             h, arena, products, pairs, slot, m0, n0, row0, count, slot_bytes, DOWN, DOWN_SCALES, D, F,
-            LD_H, FORMAT, WHOLE, BM, BN, BK, INTERPRET,
+            LD_H, FORMAT, WHOLE, ASYNC, BM, BN, BK, INTERPRET,
         )  # fmt: skip
 
 
@@ -586,7 +595,7 @@ def _packed_down_tiles(
 def packed_down(
     h, arena, products, records, pairs, n_records, slot_bytes,
     DOWN: tl.constexpr, DOWN_SCALES: tl.constexpr, D: tl.constexpr, F: tl.constexpr, LD_H: tl.constexpr,
-    FORMAT: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    FORMAT: tl.constexpr, WHOLE: tl.constexpr, ASYNC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """h [P, LD_H], columns moved -> products [P, D], row token * K + k. DOWN, DOWN_SCALES: bytes into a
@@ -600,6 +609,6 @@ def packed_down(
         m0, n0 = m_tile * BM, n_tile * BN
         _packed_down_tiles(
             h, arena, products, pairs, slot, m0, n0, row0, count, slot_bytes, DOWN, DOWN_SCALES, D, F,
-            LD_H, FORMAT, WHOLE, BM, BN, BK, INTERPRET,
+            LD_H, FORMAT, WHOLE, ASYNC, BM, BN, BK, INTERPRET,
         )  # fmt: skip
         t += tl.num_programs(0)

@@ -63,6 +63,7 @@ class ExpertPrefill:
         self._top_k, self._experts, self._max_tokens = top_k, experts, max_tokens
         self._device, self._rounding = torch.device(device), token_rounding
         self._multiprocessors, self._family = _gpu(self._device)
+        self._asynchronous = self._family // 10 == 9 and not INTERPRET  # Hopper's products (wgmma)
         self._layout = slot_layout(format, hidden, width)
         self._dtype = FLOATS.get(format, torch.bfloat16)
         self._entries = list(_shipped(self._family) if tuning is None else tuning)
@@ -177,7 +178,7 @@ class ExpertPrefill:
             packed_up[self._grid(up)](
                 x, arena, self._h, *records, UP=at.up, GATE_SCALES=at.gate if tiled else at.gate_scales,
                 UP_SCALES=at.up if tiled else at.up_scales, FORMAT=self._format,
-                WHOLE=up["swap"], **shape, **_blocks(up, self._x_columns),
+                WHOLE=up["swap"], ASYNC=self._asynchronous, **shape, **_blocks(up, self._x_columns),
             )  # fmt: skip
             return
         weights: Tensor | TensorDescriptor = arena
@@ -199,7 +200,7 @@ class ExpertPrefill:
             scales = at.down if self._format in BITS else at.down_scales
             packed_down[self._grid(down)](
                 self._h, arena, self.products, *records, DOWN=at.down, DOWN_SCALES=scales,
-                FORMAT=self._format, WHOLE=down["swap"], **shape, **_blocks(down, self._h_columns),
+                FORMAT=self._format, WHOLE=down["swap"], ASYNC=self._asynchronous, **shape, **_blocks(down, self._h_columns),
             )  # fmt: skip
             return
         h_box: Tensor | TensorDescriptor = self._h

@@ -78,26 +78,26 @@ ROWS = {
         (0, 128, 64, 8, 4, 1), (0, 128, 64, 8, 3, 1), (0, 64, 64, 8, 3, 2), (1, 64, 64, 8, 3, 2),
         (1, 128, 64, 8, 4, 1),
     ),
-    256: ((0, 64, 64, 8, 4, 1), (0, 64, 64, 8, 3, 1), (1, 64, 64, 8, 4, 1), (0, 128, 64, 16, 3, 1)),
+    256: ((0, 64, 64, 8, 4, 1), (0, 64, 64, 8, 3, 1), (1, 64, 64, 8, 4, 1)),
 }  # fmt: skip
-# Packed: swap is one product of gate and up, or of down; else two.
+# Packed: swap 0 is two products (gate and up, or two halves of down), 1 and 2 one, in two turns or in one.
 PACKED_SMALL = (
-    (0, 64, 128, 4, 4, 3), (0, 64, 128, 4, 3, 4), (0, 64, 128, 4, 5, 2), (0, 64, 256, 4, 2, 3),
-    (1, 32, 128, 4, 4, 4), (1, 32, 128, 4, 3, 6), (1, 32, 128, 4, 5, 5), (1, 32, 256, 4, 3, 4),
-    (1, 32, 256, 4, 4, 3), (1, 64, 128, 8, 3, 3), (1, 64, 128, 8, 4, 2), (1, 64, 256, 8, 3, 2),
+    (0, 64, 128, 4, 4, 3), (0, 64, 128, 4, 3, 4), (0, 64, 128, 4, 5, 2), (2, 64, 128, 8, 4, 2),
+    (2, 64, 256, 8, 3, 2), (1, 64, 128, 8, 2, 3), (2, 32, 128, 4, 4, 4), (2, 32, 256, 4, 3, 4),
+    (1, 32, 128, 4, 2, 5),
 )  # fmt: skip
 PACKED = {
     16: PACKED_SMALL,
     32: PACKED_SMALL,
     64: (
-        (0, 64, 128, 4, 3, 2), (0, 128, 128, 8, 3, 1), (1, 64, 128, 8, 3, 2), (1, 64, 64, 8, 4, 3),
-        (1, 64, 128, 8, 4, 2), (1, 32, 128, 4, 3, 4),
+        (0, 64, 128, 4, 3, 2), (0, 128, 128, 8, 3, 1), (2, 64, 128, 8, 3, 2), (1, 64, 128, 8, 2, 2),
+        (2, 64, 128, 8, 4, 2),
     ),
     128: (
-        (0, 128, 64, 8, 4, 1), (0, 128, 128, 8, 3, 1), (1, 64, 64, 8, 4, 2), (1, 64, 128, 8, 3, 2),
-        (1, 64, 128, 8, 2, 2),
+        (0, 128, 128, 8, 3, 1), (2, 64, 128, 8, 2, 2), (1, 64, 64, 8, 2, 2), (1, 64, 64, 8, 3, 1),
+        (2, 64, 64, 8, 4, 2),
     ),
-    256: ((1, 64, 64, 8, 4, 1), (1, 64, 64, 8, 3, 1), (1, 64, 128, 8, 2, 1)),
+    256: ((1, 64, 64, 8, 3, 1), (1, 64, 64, 8, 2, 1), (2, 64, 128, 8, 2, 1), (2, 64, 64, 8, 3, 1)),
 }  # fmt: skip
 
 
@@ -351,7 +351,20 @@ def compile_one(job: tuple[Shape, str, int, Product, Product]) -> str | None:
     return None
 
 
+def shipped_jobs(shape: str, format: str, tokens: int) -> list[Any]:
+    """What compile_one needs for the tile shapes that this call will take."""
+    if tokens <= MOST_TOKENS:
+        return []
+    size = SHAPES[shape]
+    prefill = ExpertPrefill(size.hidden, size.width, format, "silu", size.top_k, size.experts, 1, DEVICE)
+    config = prefill.config(tokens)
+    return [(size, format, config["tile_rows"], config["up"], config["down"])]
+
+
 def compile_all(jobs: list[Any]) -> None:
+    jobs = list({repr(job): job for job in jobs}.values())
+    if not jobs:
+        return
     begin = time.perf_counter()
     workers = min(len(jobs), os.cpu_count() or 1)
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
@@ -363,11 +376,9 @@ def compile_all(jobs: list[Any]) -> None:
 
 def tune(shapes: list[Shape], formats: list[str], tokens: list[int]) -> list[dict[str, Any]]:
     """The fastest tile shapes of each (shape, format, tokens): up and down each alone, then together."""
-    jobs = {}
-    for shape, format, count in itertools.product(shapes, formats, tokens):
-        for candidate in candidates(shape, format, count):
-            jobs[repr((shape, format, candidate))] = (shape, format, *candidate)
-    compile_all(list(jobs.values()))
+    cases = itertools.product(shapes, formats, tokens)
+    jobs = [(shape, format, *c) for shape, format, count in cases for c in candidates(shape, format, count)]
+    compile_all(jobs)
     entries = []
     for shape, format in itertools.product(shapes, formats):
         layer = Layer(shape, format)
@@ -390,6 +401,7 @@ def tune_one(layer: Layer, tokens: int) -> dict[str, Any]:
             tuning=[entry],
         )  # fmt: skip
         try:
+            poison(prefill)
             prefill.run(event.h, event.ids, layer.table, layer.arena)
             if wanted is None:
                 wanted = prefill.products.float()
@@ -425,6 +437,7 @@ def tune_one(layer: Layer, tokens: int) -> dict[str, Any]:
 
 
 def bench(shapes: list[str], formats: list[str], tokens: list[int], peers: bool) -> dict[str, Any]:
+    compile_all([job for case in itertools.product(shapes, formats, tokens) for job in shipped_jobs(*case)])
     hbm, peak = copy_rate(), matmul_rate()
     name = torch.cuda.get_device_name()
     say(f"{name}: copy {hbm / 1e12:.2f} TB/s, bf16 matrix product {peak / 1e12:.0f} TFLOP/s")
