@@ -287,21 +287,22 @@ def shapes_to_try(kernel: str, format: str, columns: int) -> list[Shape]:
     if format in expert_slots.BITS:
         bits = expert_slots.BITS[format]
         tiles = {2: 4} if kernel == "up" else {r: r for r in (1, 2, 4)}
+        most = 64 if kernel == "up" else 32
         return [
-            Shape(r, w, n)
-            for r, most in tiles.items()
+            Shape(r, w, n, run)
+            for r, count in tiles.items()
             for w in (1, 2, 4, 8)
-            for n in sorted({n for n in (256, 512, 1024, 2048, 4096) if n < columns} | {padded})
-            if 8 <= most * n * bits / (64 * w) <= (128 if n >= columns else 64 if kernel == "up" else 32)
+            for n in sorted({n for n in (512, 1024, 2048, 4096) if n < columns} | {padded})
+            for run in (4, 8)
+            if 16 <= count * n * bits / (64 * w) <= (2 * most if n >= columns else most)
         ]
     matrices = 2 if kernel == "up" else 1
-    chunks = sorted({n for n in (512, 1024, 2048, 4096) if n < columns} | {padded})
     return [
         Shape(r, w, n)
         for r in (1, 2, 4, 8, 16)
         for w in (1, 2, 4, 8)
-        for n in chunks
-        if 8 <= matrices * r * n * BYTES[format] / (128 * w) <= (64 if n >= columns else 32)
+        for n in sorted({n for n in (1024, 2048, 4096) if n < columns} | {padded})
+        if 16 <= matrices * r * n * BYTES[format] / (128 * w) <= (64 if n >= columns else 32)
         and 8 <= n / (32 * w) <= 32
     ]
 
