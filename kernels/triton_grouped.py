@@ -370,8 +370,8 @@ def _packed_up_tile(
     x, arena, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k,
     UP: tl.constexpr, GATE_SCALES: tl.constexpr, UP_SCALES: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, LD_X: tl.constexpr, LD_H: tl.constexpr, ACTIVATION: tl.constexpr,
-    FORMAT: tl.constexpr, WHOLE: tl.constexpr, ASYNC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    FORMAT: tl.constexpr, WHOLE: tl.constexpr, ASYNC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One tile [BM, BN] of h. WHOLE: gate and up in one product, else each in its own."""
     TILED: tl.constexpr = FORMAT == "int4" or FORMAT == "int8"
@@ -406,9 +406,9 @@ def _packed_up_tile(
             second = (r // 8 % 2)[:, None]
             gate_at += second * (UP // 4)
             gate_scales += second * ((UP_SCALES - GATE_SCALES) // 4)
+    TURNS: tl.constexpr = 2 if WHOLE == 1 and LD_X % (2 * BK) == 0 else 1
+    PENDING: tl.constexpr = (TURNS - 1 if WHOLE else min(BK // 16, 7)) if ASYNC else -1
     if WHOLE:
-        TURNS: tl.constexpr = 2 if WHOLE == 1 and LD_X % (2 * BK) == 0 else 1
-        PENDING: tl.constexpr = TURNS - 1 if ASYNC else -1
         acc = tl.zeros((2 * BN, BM), tl.float32)
         for first_b in tl.range(0, LD_X // 64, TURNS * S):
             for turn in tl.static_range(TURNS):
@@ -423,7 +423,6 @@ def _packed_up_tile(
         out = cast(activate(gate, up, ACTIVATION, INTERPRET), h.dtype.element_ty, INTERPRET)
         out = tl.reshape(out, (BN, BM)).T
     else:
-        PENDING: tl.constexpr = min(BK // 16, 7) if ASYNC else -1
         gate = tl.zeros((BN, BM), tl.float32)
         up = tl.zeros((BN, BM), tl.float32)
         for b in tl.range(0, LD_X // 64, S):
@@ -459,8 +458,8 @@ def _packed_up_tiles(
     x, arena, h, pairs, slot, m0, n0, row0, count, slot_bytes, top_k,
     UP: tl.constexpr, GATE_SCALES: tl.constexpr, UP_SCALES: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, LD_X: tl.constexpr, LD_H: tl.constexpr, ACTIVATION: tl.constexpr,
-    FORMAT: tl.constexpr, WHOLE: tl.constexpr, ASYNC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    FORMAT: tl.constexpr, WHOLE: tl.constexpr, ASYNC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """At a half or a quarter of the height where that is enough for what is left of the expert."""
     if BM < SPLIT:
@@ -485,8 +484,8 @@ def packed_up(
     x, arena, h, records, pairs, n_records, slot_bytes, top_k,
     UP: tl.constexpr, GATE_SCALES: tl.constexpr, UP_SCALES: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, LD_X: tl.constexpr, LD_H: tl.constexpr, ACTIVATION: tl.constexpr,
-    FORMAT: tl.constexpr, WHOLE: tl.constexpr, ASYNC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    FORMAT: tl.constexpr, WHOLE: tl.constexpr, ASYNC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """x [T, LD_X] -> h [P, LD_H], pairs sorted by expert, the columns of both moved. UP, *_SCALES: bytes into
     a slot.
@@ -508,8 +507,8 @@ def packed_up(
 def _packed_down_tile(
     h, arena, products, pairs, slot, m0, n0, row0, count, slot_bytes,
     DOWN: tl.constexpr, DOWN_SCALES: tl.constexpr, D: tl.constexpr, F: tl.constexpr, LD_H: tl.constexpr,
-    FORMAT: tl.constexpr, WHOLE: tl.constexpr, ASYNC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    FORMAT: tl.constexpr, WHOLE: tl.constexpr, ASYNC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One tile [BM, BN] of products: WHOLE, or as two halves, each a product of its own.
 
@@ -570,8 +569,8 @@ def _packed_down_tile(
 def _packed_down_tiles(
     h, arena, products, pairs, slot, m0, n0, row0, count, slot_bytes,
     DOWN: tl.constexpr, DOWN_SCALES: tl.constexpr, D: tl.constexpr, F: tl.constexpr, LD_H: tl.constexpr,
-    FORMAT: tl.constexpr, WHOLE: tl.constexpr, ASYNC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    FORMAT: tl.constexpr, WHOLE: tl.constexpr, ASYNC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """At a half or a quarter of the height where that is enough for what is left of the expert."""
     if BM < SPLIT:
@@ -595,8 +594,8 @@ def _packed_down_tiles(
 def packed_down(
     h, arena, products, records, pairs, n_records, slot_bytes,
     DOWN: tl.constexpr, DOWN_SCALES: tl.constexpr, D: tl.constexpr, F: tl.constexpr, LD_H: tl.constexpr,
-    FORMAT: tl.constexpr, WHOLE: tl.constexpr, ASYNC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    FORMAT: tl.constexpr, WHOLE: tl.constexpr, ASYNC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """h [P, LD_H], columns moved -> products [P, D], row token * K + k. DOWN, DOWN_SCALES: bytes into a
     slot.

@@ -200,7 +200,8 @@ class ExpertPrefill:
             scales = at.down if self._format in BITS else at.down_scales
             packed_down[self._grid(down)](
                 self._h, arena, self.products, *records, DOWN=at.down, DOWN_SCALES=scales,
-                FORMAT=self._format, WHOLE=down["swap"], ASYNC=self._asynchronous, **shape, **_blocks(down, self._h_columns),
+                FORMAT=self._format, WHOLE=down["swap"], ASYNC=self._asynchronous,
+                **shape, **_blocks(down, self._h_columns),
             )  # fmt: skip
             return
         h_box: Tensor | TensorDescriptor = self._h
@@ -253,7 +254,15 @@ def choose(
     measured = {entry["format"] for entry in entries}
     wanted = format if format in measured else LIKE.get(format)
     like = [entry for entry in entries if entry["format"] == wanted]
-    return min(like, key=distance)["config"] if like else fallback(format, rows, family)
+    if not like:
+        return fallback(format, rows, family)
+    config: dict[str, Any] = min(like, key=distance)["config"]
+    if wanted == "int4" and CODES.get(format) == 4:  # twice the bytes of codes in shared memory
+        fewer = {
+            name: config[name] | {"stages": max(2, config[name]["stages"] - 1)} for name in ("up", "down")
+        }
+        config = {**config, **fewer}
+    return config
 
 
 def fallback(format: str, rows: float, family: int) -> Config:
