@@ -162,7 +162,8 @@ class ExpertPrefill:
             )
             place_pairs[(chunks,)](
                 ids, table, self._counts, self._pairs, self._records, self._n_records, pairs, chunks,
-                BM=config["tile_rows"], CHUNK=CHUNK, ROWS=max(1, 4096 // bins), num_warps=8, **shape,
+                BM=config["tile_rows"], CHUNK=CHUNK, ROWS=max(1, 8192 // bins), PART=min(CHUNK, 64),
+                num_warps=8, **shape,
             )  # fmt: skip
         return h if as_it_is else self._x
 

@@ -114,8 +114,9 @@ def count_pairs(
 def place_pairs(
     ids, table, counts, pairs, records, n_records, n_pairs, chunks,
     E: tl.constexpr, BINS: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
-    """Of many pairs, second: a chunk's pairs to their places, and the records of every chunks-th expert."""
+    """Of many pairs, second: a chunk's pairs to their places, and all records by the first program."""
     program = tl.program_id(0)
     bins = tl.arange(0, BINS)
     total = tl.zeros((BINS,), tl.int32)
@@ -134,17 +135,24 @@ def place_pairs(
     record0 = tl.cumsum(tiles, 0) - tiles
     if program == 0:
         tl.store(n_records, tl.sum(tiles))
-    mine = program
-    while mine < E:
-        here = bins == mine
-        n, at = tl.sum(tl.where(here, tiles, 0)), tl.sum(tl.where(here, record0, 0))
-        row, count = tl.sum(tl.where(here, row0, 0)), tl.sum(tl.where(here, total, 0))
-        _record(records, n, at, tl.load(table + mine), row, count)
-        mine += chunks
+        most = tl.max(tiles)
+        i = 0
+        while i < most:  # the i-th record of every expert that has one
+            record = records + (record0 + i) * 8
+            tl.store(record, slots, mask=i < tiles)
+            tl.store(record + 1, record0, mask=i < tiles)
+            tl.store(record + 2, tiles, mask=i < tiles)
+            tl.store(record + 3, row0, mask=i < tiles)
+            tl.store(record + 4, total, mask=i < tiles)
+            i += 1
     place = tl.arange(0, CHUNK)
     expert = _expert_of(ids, program * CHUNK + place, n_pairs, E)
-    same = (expert[:, None] == expert[None, :]) & (place[None, :] < place[:, None])
-    rank = tl.sum(same.to(tl.int32), 1)
+    rank = tl.zeros((CHUNK,), tl.int32)
+    for part in tl.static_range(0, CHUNK, PART):
+        other = part + tl.arange(0, PART)
+        theirs = _expert_of(ids, program * CHUNK + other, n_pairs, E)
+        same = (expert[:, None] == theirs[None, :]) & (other[None, :] < place[:, None])
+        rank += tl.sum(same.to(tl.int32), 1)
     target = tl.gather(row0 + before, expert, 0) + rank
     tl.store(pairs + target, program * CHUNK + place, mask=expert < E)
 
