@@ -45,6 +45,7 @@ __all__ = [
 ]  # fmt: skip
 
 MOST_TOKENS: Final = 4
+_BYTES: Final = {"bf16": 2.0, "f16": 2.0, "f32": 4.0, "fp8": 1.0, "mxfp4": 0.5}  # of a weight in rows
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "swiglu_clamped")
 
 
@@ -419,15 +420,16 @@ def launch_shape(kernel: str, format: str, columns: int) -> Shape:
 
 
 def guessed_shape(kernel: str, format: str, columns: int) -> Shape:
-    """What fits the registers of a thread."""
+    """What leaves a thread some registers: about 32 of weights in use, and as many on their way."""
     padded = max(64, triton.next_power_of_2(columns))
     if format in expert_slots.BITS:
-        dwords = padded * expert_slots.BITS[format] // 2  # of a tile
-        if kernel == "up":
-            return Shape(2, max(1, min(8, dwords // 256)), min(padded, 8192 // expert_slots.BITS[format]))
-        return Shape(1, max(1, min(8, dwords // 1024)), min(padded, 16384 // expert_slots.BITS[format]))
-    rows = 4 if padded > 8192 or (kernel == "up" and padded > 2048) else 8
-    return Shape(rows, max(1, min(16, padded // 256)), min(padded, 8192))
+        bits = expert_slots.BITS[format]
+        whole, chunk = (8192, 4096) if kernel == "up" else (16384, 8192)  # bits of a row
+        warps = max(1, min(8, padded * bits // (512 if kernel == "up" else 2048)))
+        return Shape(2 if kernel == "up" else 1, warps, padded if padded * bits <= whole else chunk // bits)
+    warps, at_once = max(1, min(8, padded // 256)), padded if padded <= 4096 else 2048
+    dwords = at_once * _BYTES[format] * (2 if kernel == "up" else 1) / (128 * warps)  # of a row, in a thread
+    return Shape(max(1, min(8, int(32 / dwords))), warps, at_once)
 
 
 @cache
