@@ -20,7 +20,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def launch_options(device: torch.device) -> dict[str, Any]:
-    """Of every kernel that calls `wait_for_inputs`: where the GPU can, it starts while the one before ends."""
+    """Of every kernel that calls `wait_for_inputs`: where it can, it starts while the one before ends."""
     early = _launches_early(device) and not INTERPRETED.value
     return {"PDL": early, **({"launch_pdl": True} if early else {})}
 
