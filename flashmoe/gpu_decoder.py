@@ -160,7 +160,8 @@ class GpuDecoder:
             self._prefill.run(h, ids, nobody, self.arena, weights)
             self._prefill.combine(weights, torch.zeros_like(x))
         guessing = self.prefetcher is not None
-        self._steps.prepare(bucket_for(1, self.kv_cache.context), self.experts.is_complete, guessing)
+        at_once = self.experts.is_complete or self.experts.in_place
+        self._steps.prepare(bucket_for(1, self.kv_cache.context), at_once, guessing)
         if guessing:
             self._steps.prepare(bucket_for(1, self.kv_cache.context), False, False)
 
@@ -404,6 +405,10 @@ class _Steps:
         if at_once:
             self.whole(bucket)
         cache = self._decoder.experts
+        if cache.in_place and cache.needs_drive:
+            for ordinal in range(last):
+                self.rest(bucket, ordinal)
+                self.late(ordinal)
         if not (cache.is_complete or cache.in_place):
             for ordinal in range(last + 1):
                 self.segment(bucket, ordinal, guessing)
@@ -491,7 +496,7 @@ class _Steps:
             one.shared_expert(d.model.moe_layers[before], before)
         last = ordinal == len(self._segments) - 1
         for index in self._segments[ordinal]:
-            one.attention(index)
+            one.attention(index, bucket)
             if not d.config.moe_layers[index]:
                 one.dense_network(index)
         if last:

@@ -22,14 +22,18 @@ class Graph:
             return
         stream = pool.stream
         stream.wait_stream(torch.cuda.current_stream())
-        if warm_up:
-            with torch.cuda.stream(stream):
-                work()
-        torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        # Copies from other threads go on meanwhile (reads into pinned memory call nothing of CUDA).
-        with torch.cuda.graph(self._graph, pool.handle, stream, capture_error_mode="thread_local"):
-            work()
+        with torch.cuda.stream(stream):
+            if warm_up:
+                work()
+            # Not torch.cuda.graph(): it collects garbage first, which takes longer than the capture.
+            # Copies from other threads go on meanwhile (reads into pinned memory call nothing of CUDA).
+            self._graph.capture_begin(pool.handle, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                self._graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
 
     def launch(self) -> None:
         """On the current stream."""

@@ -121,10 +121,9 @@ class OneToken:
         embed_rows(self.model.embedding, self.token, self.x, self.missed, NO_MISS)
         for window, mask in self._masks.items():
             mark_visible(self.position, mask[:bucket], window, MASKED)
-        self._bucket = bucket
 
-    def attention(self, index: int) -> None:
-        """x += the attention of layer `index`."""
+    def attention(self, index: int, bucket: int) -> None:
+        """x += the attention of layer `index`, over what `position` sees of the first `bucket` keys."""
         m, c, layer = self.model, self.model.config, self.model.layers[index]
         w = layer.weights
         keys, values = m.kv_cache.tensors(index)
@@ -138,9 +137,8 @@ class OneToken:
             qk_norm=c.family.qk_norm, q_norm=w.q_norm, k_norm=w.k_norm,
             eps=c.rms_norm_eps, clip=c.clip_qkv or 0.0,
         )  # fmt: skip
-        seen = self._bucket
-        mask = self._masks[c.sliding_windows[index]][:seen]
-        attend_one(self._q[0], keys[:seen], values[:seen], mask, self._y)
+        mask = self._masks[c.sliding_windows[index]][:bucket]
+        attend_one(self._q[0], keys[:bucket], values[:bucket], mask, self._y)
         linear(self._y, layer.o, self.x, bias=w.o_bias, residual=True, exact=m.exact)
 
     def dense_network(self, index: int) -> None:

@@ -97,6 +97,11 @@ class VramCache:
         """Every expert is in VRAM, and in the table."""
         return len(self._slots) == self._experts and not self._unlisted and not self._open
 
+    @property
+    def needs_drive(self) -> bool:
+        """An expert may be in neither tier."""
+        return not self.ram.lower.holds_all
+
     # One token
 
     def all_resident(self, layer: int, ids: Collection[int]) -> bool:

@@ -141,8 +141,9 @@ def test_packed_weights_meet_the_same_activations_as_on_the_cpu(
     run = replace(RUN, exact_activations=exact)
     with Opened(packed[format], 0, run=run) as opened:
         found, expected = logits_of(opened.engine), on_cpu(opened.model, run)
-    # A prompt's activations are not rounded to int8 on a GPU.
-    assert error(found, expected) < (3e-2 if exact else 0.15)
+    # Rounding turns a close choice of the router now and then, and then a row is far off.
+    errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    assert errors.median() < (3e-2 if exact else 0.1) and errors.max() < 0.5
 
 
 @pytest.mark.parametrize("ram_slots", [0, 6])
