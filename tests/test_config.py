@@ -453,8 +453,8 @@ def test_a_folder_without_config_json_says_what_a_model_is(tmp_path: Path) -> No
 def test_run_config_has_defaults_for_everything_but_refuses_unknown_options() -> None:
     shown = RunConfig("auto", "learned", "auto", context=None, threads=None, seed=0, prefetch="auto")
     assert RunConfig() == shown
-    with pytest.raises(TypeError, match="vram_budget"):
-        RunConfig(vram_budget="8G")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="disk_budget"):
+        RunConfig(disk_budget="8G")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("changes, message", [
