@@ -24,7 +24,7 @@ KV_SHARE = 0.25
 # threads they took up to 80 MiB (docs/benchmarks.md); the rest is for more threads.
 LATE_PROCESS_BYTES = 48 << 20
 # With a GPU: what driver, kernels and pinned buffers take of RAM after planning (docs/benchmarks.md).
-GPU_HOST_BYTES = 512 << 20
+GPU_HOST_BYTES = 640 << 20
 
 
 @dataclass(frozen=True, slots=True)

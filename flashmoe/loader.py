@@ -18,7 +18,7 @@ import torch
 
 from cache_policies.policy import Geometry
 from flashmoe.budget import BudgetPlan, Sizes, plan_budget
-from flashmoe.config import ModelConfig, RunConfig, load_model_config
+from flashmoe.config import PREDICTOR_NAMES, ModelConfig, RunConfig, load_model_config
 from flashmoe.decoder import Decoder
 from flashmoe.engine import Engine
 from flashmoe.errors import BudgetError, ConfigError
@@ -125,6 +125,10 @@ def uses_gpu(run: RunConfig) -> bool:
         )
     if importlib.util.find_spec("triton") is None:
         raise ConfigError('--device cuda needs Triton: pip install "flashmoe[gpu]", or take --device cpu')
+    if run.prefetch != "off" and run.predictor != PREDICTOR_NAMES[0]:
+        raise ConfigError(
+            f"--predictor {run.predictor} guesses on the CPU only; a GPU has {PREDICTOR_NAMES[0]}"
+        )
     if run.reader == "mmap":
         raise ConfigError("--reader mmap has no RAM slots to copy from; a GPU takes direct or buffered")
     return True

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_gemv import INTERPRETED, launch_options, wait_for_inputs
+from kernels.triton_gemv import launch_options, wait_for_inputs
 
 
 @triton.jit
@@ -39,19 +39,9 @@ def _store_logits(
 
 
 @triton.jit
-def _after_all_writes(word):
-    """word, when whoever reads this GPU's writes, the host too, sees all that came before."""
-    if INTERPRETED:
-        return word
-    return tl.inline_asm_elementwise(
-        "membar.sys; mov.b32 $0, $1;", "=r,r", [word], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def _choose_experts(
-    probabilities, ids, weights, table, slots, missed, layer, flags, E: tl.constexpr, K: tl.constexpr,
-    P: tl.constexpr, NORMALISE: tl.constexpr, FLAGS: tl.constexpr, PDL: tl.constexpr,
+    probabilities, ids, weights, table, slots, missed, layer, E: tl.constexpr, K: tl.constexpr,
+    P: tl.constexpr, NORMALISE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token a program: softmax, then each expert's rank among all."""
     t = tl.program_id(0)
@@ -76,14 +66,8 @@ def _choose_experts(
     tl.store(ids + place, e, mask=chosen)
     tl.store(weights + place, w, mask=chosen)
     tl.store(slots + place, slot, mask=chosen)
-    absent = tl.min(tl.where(chosen, slot, 0)) < 0
-    if absent:
+    if tl.min(tl.where(chosen, slot, 0)) < 0:
         tl.atomic_min(missed, layer)
-    if FLAGS:
-        flags += t * (K + 1)
-        tl.store(flags + rank, e, mask=chosen)
-        tl.debug_barrier()
-        tl.store(flags + K, _after_all_writes(tl.where(absent, 2, 1)))
 
 
 def route(
@@ -101,7 +85,6 @@ def route(
     missed: Tensor,
     layer: int,
     saved: Tensor | None = None,
-    flags: Tensor | None = None,
 ) -> None:
     """The router of one layer and the norm before it, in fp32.
 
@@ -109,8 +92,6 @@ def route(
     absent. Writes h_out [T, D], probabilities [T, E], and likeliest first (the lower id where two are equal)
     ids int32 [T, K], weights [T, K] (normalise: summing to 1) and slots int32 [T, K]. missed int32 [1] =
     min(missed, layer) if one is absent. saved [T, D]: a copy of x, if given.
-    flags int32 [T, K + 1], in pinned RAM, for a host that watches: ids, then, when those are written, 1 if
-    all are there, else 2. The host sets that word to 0 before.
     """
     tokens, hidden = x.shape
     experts, top_k = len(router), ids.shape[1]
@@ -122,7 +103,6 @@ def route(
         T=tokens, C=padded, SAVE=saved is not None, num_warps=max(1, min(16, padded // 512)), **options,
     )  # fmt: skip
     _choose_experts[(tokens,)](
-        probabilities, ids, weights, table, slots, missed, layer, ids if flags is None else flags, E=experts,
-        K=top_k, P=max(2, triton.next_power_of_2(experts)), NORMALISE=normalise, FLAGS=flags is not None,
-        num_warps=4, **options,
+        probabilities, ids, weights, table, slots, missed, layer, E=experts, K=top_k,
+        P=max(2, triton.next_power_of_2(experts)), NORMALISE=normalise, num_warps=4, **options,
     )  # fmt: skip

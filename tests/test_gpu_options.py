@@ -38,6 +38,8 @@ def test_a_gpu_without_triton_or_with_mmap_is_refused(monkeypatch: pytest.Monkey
     assert uses_gpu(RunConfig(device="auto"))
     with pytest.raises(ConfigError, match="mmap has no RAM slots"):
         uses_gpu(RunConfig(device="auto", reader="mmap"))
+    with pytest.raises(ConfigError, match="maps guesses on the CPU only"):
+        uses_gpu(RunConfig(device="cuda", predictor="maps"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs Triton: pip install \"flashmoe\[gpu\]\""):
         uses_gpu(RunConfig(device="cuda"))

@@ -163,7 +163,6 @@ def routed(
     x: Tensor, norm: Tensor, router: Tensor, top_k: int, normalise: bool, table: Tensor
 ) -> list[Tensor]:
     tokens, experts = len(x), len(router)
-    flags = torch.zeros(tokens, top_k + 1, dtype=torch.int32, pin_memory=DEVICE == "cuda")
     results = [
         poisoned(*x.shape), poisoned(tokens, experts), poisoned(tokens, top_k, dtype=torch.int32),
         poisoned(tokens, top_k), poisoned(tokens, top_k, dtype=torch.int32),
@@ -171,12 +170,8 @@ def routed(
     ]  # fmt: skip
     route(
         x.to(DEVICE), norm.to(DEVICE), 1e-5, router.to(DEVICE), normalise, table.to(DEVICE), *results,
-        layer=7, saved=(saved := poisoned(*x.shape)), flags=flags,
+        layer=7, saved=(saved := poisoned(*x.shape)),
     )  # fmt: skip
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    assert torch.equal(flags[:, :top_k], results[2].cpu())
-    assert flags[:, top_k].tolist() == [1 + (row.min().item() < 0) for row in results[4].cpu()]
     assert torch.equal(saved.cpu(), x) or x.isnan().any()
     return [result.cpu() for result in results]
 

@@ -24,7 +24,7 @@ POINTERS = {
     "base": "*u8", "arena": "*u8", "slots": "*i32", "ids": "*i32", "table": "*i32", "missed": "*i32",
     "position": "*i32", "keys": "*bf16", "values": "*bf16", "q_out": "*bf16",
     "eps": "fp32", "clip": "fp32", "rows": "i32", "layer": "i32", "stride": "i64",
-    "flags": "*i32", "ram": "*u8", "ram_stride": "i64", "first_in_ram": "i32",
+    "ram": "*u8", "ram_stride": "i64", "first_in_ram": "i32",
 }  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def kernels(pdl: bool) -> dict[str, tuple[str, dict[str, Any], int]]:
     found["linear bf16"] = ("_linear_rows", constants, shape.warps)
     constants = {"E": 128, "D": 2048, "T": 1, "C": 2048, "SAVE": True, "PDL": pdl}
     found["logits"] = ("_store_logits", constants, 4)
-    constants = {"E": 128, "K": 8, "P": 128, "NORMALISE": True, "FLAGS": True, "PDL": pdl}
+    constants = {"E": 128, "K": 8, "P": 128, "NORMALISE": True, "PDL": pdl}
     found["choice"] = ("_choose_experts", constants, 4)
     found["combine"] = ("_combine", {"D": 2048, "K": 8, "BLOCK": 256, "PDL": pdl}, 2)
     constants = {"H": 32, "G": 4, "d": 128, "BLOCK": 128, "FULL": 4096, "QK_NORM": "head", "CLIP": False}
