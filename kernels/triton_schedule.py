@@ -173,7 +173,7 @@ def combine(
         expert = tl.load(ids + token * K + k)
         somebody = (expert >= 0) & (expert < E)
         row = products + (token * K + k) * D
-        value = tl.load(row + column, mask=inside & somebody, other=0.0).to(tl.float32)
+        value = tl.load(row + column, mask=column < tl.where(somebody, D, 0), other=0.0).to(tl.float32)
         total += tl.where(somebody, tl.load(weights + token * K + k), 0.0) * value
     at = x + token * D + column
     tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
