@@ -240,6 +240,11 @@ class LLM:
         if not self._closed:
             self._closed = True
             self.expert_cache.close()
+            decoder = self.engine.decoder
+            if not isinstance(decoder, Decoder):
+                from flashmoe.gpu_loader import give_back
+
+                give_back(decoder)
             if self.learning is not None:
                 self.learning.end()
 
@@ -360,6 +365,7 @@ class _Recorder:
         )
 
     def finish(self) -> None:
+        self._llm.engine.settle()
         s, total = self._stats, self._llm.expert_cache.counters - self._start
         s.hits, s.misses, s.expert_bytes_read = total.hits, total.misses, total.bytes_read
         s.stall_s, s.read_s = total.stall_s, total.read_s

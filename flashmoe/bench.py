@@ -283,7 +283,9 @@ class Bench:
         counters = self.loaded.cache.counters
         before, begin = counters.snapshot(), time.perf_counter()
         work()
-        seconds, spent = time.perf_counter() - begin, counters - before
+        seconds = time.perf_counter() - begin
+        self.loaded.engine.settle()
+        spent = counters - before
         return Repetition(
             tokens=tokens,
             seconds=seconds,

@@ -123,7 +123,7 @@ def plan_budget(config: ModelConfig, sizes: Sizes, budget_bytes: int, context: i
             f" {config.model_type} model needs:"
             f" {', '.join(f'{part} {format_bytes(size)}' for part, size in parts.items() if size)};"
             f" try --ram-budget {advised_budget(smallest)}"
-            + ("" if context is None else " or a smaller --context")
+            + ("" if context is None or sizes.on_gpu else " or a smaller --context")
         )
     tokens, slots = _divide(config, sizes, budget_bytes, context)
     return BudgetPlan(

@@ -357,6 +357,8 @@ def _compare_live(arguments: argparse.Namespace, screen: Screen, show: Callable[
     from flashmoe.config import RunConfig
     from flashmoe.documents import read_documents
 
+    # The tokens must be the same under all, and on a GPU the CPU's experts round otherwise.
+    arguments.cpu_experts = "never"
     documents: list[Document] = read_documents(arguments.prompts)
     policies = arguments.policies or ["lru", "lfu", "learned"]
     guesses = arguments.prefetch or ["off"]

@@ -111,7 +111,7 @@ class _Answers:
     def add(self, steps: int, seconds: float, spent: CacheCounters) -> None:
         self._steps += steps
         self._seconds += seconds
-        sums = (getattr(self._spent, f.name) + getattr(spent, f.name) for f in fields(spent))
+        sums = (getattr(self._spent, f.name) + getattr(spent, f.name) for f in fields(self._spent))
         self._spent = CacheCounters(*sums)
 
     def repetition(self, drive_mb_per_s: float) -> Repetition:

@@ -106,6 +106,9 @@ class Decoder:
         logits = self._linear(x, self._weights.lm_head)
         return logits if all_logits else logits[0]
 
+    def settle(self) -> None:
+        """Policy and counters know of all that has run: here always."""
+
     def embed(self, token_ids: Sequence[int]) -> Tensor:
         """[T, D]: what enters the first layer."""
         return gather_rows(self._weights.embedding.matrix, token_ids, self.config.hidden_size)

@@ -82,5 +82,10 @@ class Engine:
 
     def reset(self) -> None:
         """Forget the sequence; resident experts stay."""
+        self.settle()
         self.decoder.kv_cache.truncate(0)
         self.tokens.clear()
+
+    def settle(self) -> None:
+        """Have counters know of all that has run."""
+        self.decoder.settle()

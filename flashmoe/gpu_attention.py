@@ -47,12 +47,6 @@ class GpuKVCache:
         self.length = min(self.length, length)
 
 
-def kv_cache_bytes(config: ModelConfig, context: int) -> int:
-    """Of a GpuKVCache."""
-    per_token = 2 * KV_DTYPE.itemsize * config.num_key_value_heads * config.head_dim
-    return config.num_hidden_layers * bucket_for(context, context) * per_token
-
-
 def bucket_for(length: int, context: int) -> int:
     """How many keys one token looks at when `length` are valid: a power of two, or the padded context."""
     whole = -(-context // SPLIT_KEYS) * SPLIT_KEYS

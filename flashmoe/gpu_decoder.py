@@ -100,6 +100,7 @@ class GpuDecoder:
         """Go on with another cache, over the same arena and table."""
         self.experts, self.prefetcher, self.ram_arena = cache, prefetcher, ram_arena
         self._misses, self._unreported = 1.0, None
+        self._steps.close()
         self._steps = _Steps(self)  # graphs hold the address of the RAM slots before
 
     @property
@@ -121,7 +122,7 @@ class GpuDecoder:
         watchers = [w for w in (self.observer, self.prefetcher) if w is not None]
         for watcher in watchers:
             watcher.forward_begins(token_ids)
-        with out_of_memory_named():
+        with out_of_memory_named(), self._idle_after_errors():
             if tokens == 1 and not all_logits:
                 if check is not None:
                     check()
@@ -134,19 +135,46 @@ class GpuDecoder:
         self.kv_cache.advance(tokens)
         return logits
 
+    def settle(self) -> None:
+        """Tell the policies, and the counters, what they have not been told yet: a token's routing is
+        reported while the next one is computed."""
+        self._report()
+
+    def close(self) -> None:
+        """Give the GPU's memory back; of no use afterwards."""
+        self._steps.close()
+        del self.arena, self.model, self._one, self._decode, self._prefill
+
+    @contextmanager
+    def _idle_after_errors(self) -> Iterator[None]:
+        """What goes on after an error may write to, or free, what the GPU still reads."""
+        try:
+            yield
+        except BaseException:
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize()
+            raise
+
     def resident_token_s(self, repeat: int = 9) -> float:
         """Seconds that one more token takes the GPU if every expert is in VRAM: for bounds.
 
         Any slot stands in for an expert that is not; what comes out is of no use, and nothing remembers it.
         """
-        bucket = bucket_for(min(self.kv_cache.length + 1, self.kv_cache.context), self.kv_cache.context)
+        position = min(self.kv_cache.length, self.kv_cache.context - 1)
+        bucket = bucket_for(position + 1, self.kv_cache.context)
         self._steps.prepare(bucket, True, False)
-        kept = self.table.clone()
-        self.table.copy_(torch.arange(kept.numel(), dtype=torch.int32).view_as(kept) % len(self.arena))
-        whole = self._steps.whole(bucket)
-        seconds = statistics.median(gpu_seconds(whole.launch) for _ in range(repeat))
-        self.table.copy_(kept)
-        return seconds
+        layers = range(self.config.num_hidden_layers)
+        rows = [tensor[position] for layer in layers for tensor in self.kv_cache.tensors(layer)]
+        keys_and_values, table = [row.clone() for row in rows], self.table.clone()
+        self._position[0] = position
+        try:
+            self.table.copy_(torch.arange(table.numel(), dtype=torch.int32).view_as(table) % len(self.arena))
+            whole = self._steps.whole(bucket)
+            return statistics.median(gpu_seconds(whole.launch) for _ in range(repeat))
+        finally:
+            self.table.copy_(table)
+            for row, kept in zip(rows, keys_and_values, strict=True):
+                row.copy_(kept)
 
     def warm_up(self) -> None:
         """Compile and load every kernel that a chat needs, and capture the graphs of its first tokens."""
@@ -322,7 +350,6 @@ class GpuDecoder:
         self, token_ids: Sequence[int], all_logits: bool, check: Callable[[], None] | None
     ) -> Tensor:
         model = self.model
-        self._one.table.copy_(self.table, non_blocking=True)
         x = embed(model, torch.tensor(token_ids, device=model.device))
         distinct = torch.zeros(self.config.num_experts, device=model.device)
         ordinal = 0
@@ -339,6 +366,7 @@ class GpuDecoder:
                 self.observer.routed(index, ids.cpu(), weights.cpu(), probabilities.cpu())
             seen = round_to_int8(h) if self._rounds else h
             if self.experts.is_complete:
+                self._one.table[ordinal].copy_(self.table[ordinal], non_blocking=True)
                 self._prefill.run(seen, ids, self._one.table[ordinal], self.arena, weights)
                 distinct += torch.zeros_like(distinct).scatter_(0, ids.view(-1).long(), 1.0)
             else:
@@ -398,6 +426,10 @@ class _Steps:
         self._decoder, self._pool = decoder, GraphPool(decoder.model.device)
         self._segments = decoder.model.segments()
         self._graphs: dict[tuple[str, int, int], Graph] = {}
+
+    def close(self) -> None:
+        """Give the graphs up."""
+        self._graphs.clear()
 
     def prepare(self, bucket: int, at_once: bool, guessing: bool) -> None:
         """Capture what a token may need. Not while one is under way: what is captured runs once."""

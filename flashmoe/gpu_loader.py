@@ -69,6 +69,13 @@ def limit_vram(plan: VramPlan) -> None:
     torch.cuda.set_per_process_memory_fraction((plan.budget_bytes - plan.driver_bytes) / total)
 
 
+def give_back(decoder: GpuDecoder) -> None:
+    """Free what a closed run has on the GPU, for others and for the next one in this process."""
+    decoder.close()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def build_decoder(
     config: ModelConfig,
     weights: DenseWeights,

@@ -19,7 +19,9 @@ from flashmoe.rotary import Rotary
 from flashmoe.weights import DenseWeights, LayerWeights, Weight
 from kernels.expert_slots import BITS, FLOATS
 from kernels.reference import ACTIVATIONS
-from kernels.triton_decode import GpuMatrix, linear, rope_and_store, route
+from kernels.triton_decode import GpuMatrix, linear
+from kernels.triton_rope import rope_and_store
+from kernels.triton_router import route
 from kernels.triton_tiles import round_to_int8, unpack_matrix
 from kernels.triton_token import embed_rows, mark_visible
 

@@ -45,6 +45,7 @@ Progress = Callable[[str, int, int], None]  # what, done, total
 # What `auto` chooses from. Not mmap: its pages are the system's to take back; it keeps a budget only by luck.
 AUTO_READERS = ("direct", "buffered")
 PROBED_EXPERTS = 64
+LEAST_CAPABILITY = (8, 0)  # Ampere: bf16 and asynchronous copies
 PASSING_SLOTS = 4  # RAM slots for each of a token's experts, where VRAM holds all experts
 
 
@@ -115,28 +116,39 @@ def plan_model(model: OpenedModel, run: RunConfig) -> BudgetPlan:
 
 
 def uses_gpu(run: RunConfig) -> bool:
-    """Whether `run.device` means an NVIDIA GPU here. ConfigError if it asks for one in vain."""
-    if run.device == "cpu" or (run.device == "auto" and not torch.cuda.is_available()):
+    """Whether `run.device` means an NVIDIA GPU here: "auto" where there is one that can do all that `run`
+    asks for. ConfigError if "cuda" is asked for in vain."""
+    if run.device == "cpu":
         return False
+    hindrance = _why_no_gpu(run)
+    if hindrance is not None and run.device == "cuda":
+        raise ConfigError(f"--device cuda: {hindrance}, or take --device cpu")
+    return hindrance is None
+
+
+def _why_no_gpu(run: RunConfig) -> str | None:
     if not torch.cuda.is_available():
-        raise ConfigError(
-            f"--device cuda: torch {torch.__version__} sees no NVIDIA GPU; install a CUDA build of torch"
-            " and a driver, or take --device cpu"
+        return (
+            f"torch {torch.__version__} sees no NVIDIA GPU; install a CUDA build of torch and a driver"
         )
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        found, least = (".".join(map(str, version)) for version in (capability, LEAST_CAPABILITY))
+        return f"{found} is below compute capability {least}; take another GPU"
     if importlib.util.find_spec("triton") is None:
-        raise ConfigError('--device cuda needs Triton: pip install "flashmoe[gpu]", or take --device cpu')
+        return 'Triton is missing; pip install "flashmoe[gpu]"'
     if run.prefetch != "off" and run.predictor != PREDICTOR_NAMES[0]:
-        raise ConfigError(
-            f"--predictor {run.predictor} guesses on the CPU only; a GPU has {PREDICTOR_NAMES[0]}"
-        )
+        return f"--predictor {run.predictor} guesses on the CPU only; take {PREDICTOR_NAMES[0]}"
     if run.reader == "mmap":
-        raise ConfigError("--reader mmap has no RAM slots to copy from; a GPU takes direct or buffered")
-    return True
+        return "--reader mmap has no RAM slots to copy from; take direct or buffered"
+    return None
 
 
 def share_slots(plan: BudgetPlan, config: ModelConfig, run: RunConfig) -> BudgetPlan:
     """The plan with as many slots for guesses as `run.prefetch` wants; none where all experts have theirs, or
     every slot is needed to run at all."""
+    if plan.vram is not None:  # guesses are copied into spare slots of VRAM
+        return replace(plan, staging_slots=0)
     least = config.num_experts_per_tok * (config.num_moe_layers if run.scope == "layer" else 1)
     staging = max(0, min(2 * _guesses(run), MAX_STAGING, plan.slots // 16, plan.slots - least))
     return replace(plan, staging_slots=staging if plan.slots < plan.experts else 0)
@@ -205,10 +217,14 @@ def _load_on_gpu(
             model.config, weights, ram, kernels, model.expert_format, vram, run, device,
             packed=model.layout.packed is not None,
         )  # fmt: skip
-        if plan.slots + vram.slots >= plan.experts:
-            read_all(decoder.experts, model.config, progress)
-        decoder.warm_up()
-        rate = pcie_mb_per_s()
+        try:
+            if plan.slots + vram.slots >= plan.experts:
+                read_all(decoder.experts, model.config, progress)
+            decoder.warm_up()
+            rate = pcie_mb_per_s()
+        except BaseException:
+            decoder.experts.close()
+            raise
     return LoadedEngine(Engine(decoder), weights, decoder.experts, probed, dense_load_s, rate)
 
 
@@ -278,7 +294,7 @@ def _allocating(plan: BudgetPlan) -> Iterator[None]:
         yield
     except (MemoryError, OSError, RuntimeError) as error:
         refused = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-        if not refused and "memory" not in str(error):
+        if not refused and ("memory" not in str(error) or "CUDA" in str(error)):
             raise
         raise BudgetError(
             f"the system does not give the {format_bytes(plan.planned_bytes)} that this plan needs;"

@@ -112,7 +112,7 @@ def plan_vram(
     while tokens > least and fixed(tokens) - fixed(least) > share:
         tokens = max(least, tokens - KEYS_MULTIPLE)
     slots = min(experts, (budget_bytes - fixed(tokens)) // slot_bytes)
-    spare = 0 if slots == experts else max(0, min(SPARE_SLOTS, slots // 8))
+    spare = 0 if slots == experts else max(1, min(SPARE_SLOTS, slots // 8))
     return VramPlan(
         budget_bytes=budget_bytes,
         driver_bytes=DRIVER_BYTES,

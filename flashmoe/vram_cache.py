@@ -237,6 +237,8 @@ class VramCache:
     def commit(self) -> None:
         """Enter in the table what `promote` has copied, and take out what it displaces. The GPU must be
         idle."""
+        if self._open:  # after a Ctrl-C: to be put in order while nobody computes
+            self._end_event()
         if not self._promoting or self._is_committed:
             return
         self._engine.wait(self._promoting[-1][0][-1][2])

@@ -78,10 +78,16 @@ class Figures:
 class AllResident:
     """What `GpuDecoder` asks of its experts, where each has a slot and none ever leaves."""
 
-    is_complete = True
+    is_complete, in_place = True, False
 
     def __init__(self) -> None:
         self.counters = CacheCounters()
+
+    def commit(self) -> None:
+        """Nothing was promoted."""
+
+    def promote(self) -> None:
+        """Nothing is to be."""
 
 
 def main() -> None:

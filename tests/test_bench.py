@@ -44,6 +44,9 @@ class RecordingEngine:
         self.calls.append(("decode", [token]))
         self.counters.hits += 1
 
+    def settle(self) -> None:
+        """Its counters know at once."""
+
 
 def recording_bench() -> tuple[Bench, RecordingEngine]:
     counters = CacheCounters()

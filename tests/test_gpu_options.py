@@ -35,14 +35,20 @@ def test_the_cpu_is_taken_if_asked_for() -> None:
 
 def test_a_gpu_without_triton_or_with_mmap_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert uses_gpu(RunConfig(device="auto"))
-    with pytest.raises(ConfigError, match="mmap has no RAM slots"):
-        uses_gpu(RunConfig(device="auto", reader="mmap"))
-    with pytest.raises(ConfigError, match="maps guesses on the CPU only"):
-        uses_gpu(RunConfig(device="cuda", predictor="maps"))
+
+    def refused(message: str, **options: str) -> None:
+        assert not uses_gpu(RunConfig(device="auto", **options))  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=message):
+            uses_gpu(RunConfig(device="cuda", **options))  # type: ignore[arg-type]
+
+    refused("mmap has no RAM slots.*or take --device cpu", reader="mmap")
+    refused("maps guesses on the CPU only", predictor="maps")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs Triton: pip install \"flashmoe\[gpu\]\""):
-        uses_gpu(RunConfig(device="cuda"))
+    refused(r"Triton is missing; pip install \"flashmoe\[gpu\]\"")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    refused("7.5 is below compute capability 8.0")
 
 
 def test_a_run_on_the_cpu_imports_no_triton(tiny_model: Path) -> None:
@@ -73,3 +79,15 @@ def test_a_gpu_that_runs_out_of_memory_in_mid_answer_names_the_figure_to_change(
 
     with pytest.raises(GpuError, match="--vram-budget"), out_of_memory_named():
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_live_comparison_sums_what_a_gpu_counts() -> None:
+    """It asked its own sums for counters that only a GPU's cache has."""
+    from flashmoe.compare_live import _Answers
+    from flashmoe.tier_copies import VramCounters
+
+    answers = _Answers()
+    for _ in range(2):
+        answers.add(4, 1.0, VramCounters(hits=5, misses=3, ram_hits=2))
+    repetition = answers.repetition(1000.0)
+    assert (repetition.tokens, repetition.hits, repetition.misses) == (8, 10, 6)

@@ -51,6 +51,17 @@ def test_too_small_a_budget_is_refused_with_one_that_works(config: ModelConfig) 
         plan_vram(config, DENSE, SLOT, EXPERTS, (advised - 32) * MIB, None)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_the_smallest_budget_has_a_slot_for_what_is_on_its_way(config: ModelConfig, top_k: int) -> None:
+    """With top-2 it had none, and the cache could not begin."""
+    small = dataclasses.replace(config, num_experts_per_tok=top_k)
+    with pytest.raises(BudgetError) as caught:
+        plan_vram(small, DENSE, SLOT, EXPERTS, 2 << 30, 512)
+    advised = int(str(caught.value).split("--vram-budget ")[1].split("M")[0])
+    plan = plan_vram(small, DENSE, SLOT, EXPERTS, advised * MIB, 512)
+    assert plan.spare_slots >= 1 and plan.slots - plan.spare_slots >= top_k
+
+
 def test_a_context_beyond_the_models_positions_is_refused(config: ModelConfig) -> None:
     with pytest.raises(ConfigError, match="--context 50000 is more than the 40960 positions"):
         plan_vram(config, DENSE, SLOT, EXPERTS, 60 << 30, 50000)
