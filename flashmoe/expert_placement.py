@@ -20,7 +20,6 @@ from kernels.expert_ffn import Addresses, ExpertFFN
 from kernels.native import Context, Experts
 from storage.host import allocate_aligned
 
-CPU_EXPERTS: Final = ("auto", "never", "always")
 # A token's activations to the host and its products back: two small copies and their waits.
 ROUND_TRIP_S: Final = 30e-6
 # What is measured with: enough experts that none of them is still in the CPU's caches when its turn comes.
@@ -48,13 +47,6 @@ class Placement:
     def queues_s(self, copies: int, on_cpu: int) -> tuple[float, float]:
         """When each of the two is through with its share."""
         return copies * self.copy_s, on_cpu * self.cpu_s + (self.round_trip_s if on_cpu else 0.0)
-
-    def describe(self) -> str:
-        """For people."""
-        if self.mode == "never":
-            return "experts are computed on the GPU"
-        costs = f"copy {self.copy_s * 1e6:.0f} us, CPU {self.cpu_s * 1e6:.0f} us an expert"
-        return f"experts in RAM are computed on the CPU: {self.mode}; {costs}"
 
 
 def calibrate(

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from flashmoe.config import ModelConfig
+from flashmoe.vram_budget import KEYS_MULTIPLE
 from kernels.triton_attention import join_splits
 
 # fp16 keeps three bits more than bf16 of keys and values, which the CPU holds in fp32.
 KV_DTYPE: Final = torch.float16
 SMALLEST_BUCKET = 256  # keys
-SPLIT_KEYS = 128  # of one split, at least
 MOST_SPLITS = 32
 MASKED = -3e4  # fp16 has no -1e30; a split that sees nothing then weighs exp(-3e4) = 0
 
@@ -49,7 +49,7 @@ class GpuKVCache:
 
 def bucket_for(length: int, context: int) -> int:
     """How many keys one token looks at when `length` are valid: a power of two, or the padded context."""
-    whole = -(-context // SPLIT_KEYS) * SPLIT_KEYS
+    whole = -(-context // KEYS_MULTIPLE) * KEYS_MULTIPLE
     bucket = SMALLEST_BUCKET
     while bucket < length:
         bucket *= 2
@@ -96,7 +96,7 @@ def attend_many(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> 
 
 
 def _splits(bucket: int) -> int:
-    splits = min(MOST_SPLITS, bucket // SPLIT_KEYS)
-    while bucket % splits:  # a context's own bucket is a multiple of SPLIT_KEYS, not always of this
+    splits = min(MOST_SPLITS, bucket // KEYS_MULTIPLE)
+    while bucket % splits:  # a context's own bucket is a multiple of KEYS_MULTIPLE, not always of this
         splits -= 1
     return splits

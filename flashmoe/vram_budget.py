@@ -18,7 +18,7 @@ from flashmoe.sizes import format_bytes
 DRIVER_BYTES: Final = 1 << 30
 ALLOCATOR_BYTES: Final = 96 << 20  # what torch's allocator rounds up and leaves between tensors
 SPARE_SLOTS: Final = 16  # through which a prompt's experts pass and guesses come, where not all experts fit
-KEYS_MULTIPLE: Final = 128  # of a KV cache: flashmoe/gpu_attention.py
+KEYS_MULTIPLE: Final = 128  # of a KV cache, and the fewest that attention takes as one split
 
 
 @dataclass(frozen=True, slots=True)

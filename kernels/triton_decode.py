@@ -1,4 +1,4 @@
-"""Decoding 1 to 4 tokens on a GPU: dense products and experts here, what lies between them passed on.
+"""Decoding 1 to 4 tokens on a GPU: dense products and experts. Beside it: triton_router.py, triton_rope.py.
 
 Every call launches its kernels on the current stream and does nothing else: no allocation, no
 synchronisation, so that CUDA graphs can hold them. Residual stream and activations are fp32 in memory. int4
@@ -36,13 +36,6 @@ from kernels.triton_gemv import (
     tiles_product,
     wait_for_inputs,
 )
-from kernels.triton_rope import rope_and_store
-from kernels.triton_router import route
-
-__all__ = [
-    "ACTIVATIONS", "MOST_TOKENS", "ExpertDecode", "GpuMatrix", "Shape", "launch_shape", "linear",
-    "rope_and_store", "route",
-]  # fmt: skip
 
 MOST_TOKENS: Final = 4
 _BYTES: Final = {"bf16": 2.0, "f16": 2.0, "f32": 4.0, "fp8": 1.0, "mxfp4": 0.5}  # of a weight in rows

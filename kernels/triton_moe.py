@@ -88,12 +88,6 @@ class ExpertPrefill:
         self._dropped: Tensor | None = None
 
     @property
-    def workspace_bytes(self) -> int:
-        """What the buffers take on the device."""
-        held = (self.products, self._x, self._h, self._pairs, self._records, self._counts)
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
-
-    @property
     def dropped_share(self) -> float:
         """Of the last run with token rounding, the share of pairs left out. Waits for the device."""
         return 0.0 if self._dropped is None else float(self._dropped)

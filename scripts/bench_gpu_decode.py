@@ -31,10 +31,10 @@ from kernels.triton_decode import (  # noqa: E402
     GpuMatrix,
     Shape,
     linear,
-    rope_and_store,
-    route,
     tuned_shapes,
 )
+from kernels.triton_rope import rope_and_store  # noqa: E402
+from kernels.triton_router import route  # noqa: E402
 
 DEVICE = "cuda"
 FORMATS = ("bf16", "int8", "int4", "fp8", "mxfp4")

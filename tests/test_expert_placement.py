@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashmoe.config import CPU_EXPERTS
 from flashmoe.copy_engine import HostCopyEngine
-from flashmoe.expert_placement import CPU_EXPERTS, Placement, calibrate
+from flashmoe.expert_placement import Placement, calibrate
 from kernels.expert_slots import slot_layout
 from kernels.native import Activation, Experts, Format, make_context
 
@@ -45,4 +46,3 @@ def test_calibration_measures_both_ways_with_real_experts(format: Format, mode: 
     assert placement.mode == mode
     measured = placement.copy_s > 0 and placement.cpu_s > 0
     assert measured == (mode != "never")
-    assert mode in placement.describe() or mode == "never"

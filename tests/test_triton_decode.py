@@ -13,7 +13,9 @@ from torch import Tensor
 from kernels import expert_slots, native
 from kernels.native import Experts, Format
 from kernels.reference import moe_reference
-from kernels.triton_decode import ACTIVATIONS, ExpertDecode, GpuMatrix, Shape, linear, rope_and_store, route
+from kernels.triton_decode import ACTIVATIONS, ExpertDecode, GpuMatrix, Shape, linear
+from kernels.triton_rope import rope_and_store
+from kernels.triton_router import route
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDING = 2e-6  # between two orders of the same fp32 sums
