@@ -216,11 +216,7 @@ class ExpertCache:
     ) -> None:
         """Show the policy the tokens of a prefill chunk, in order: routed and weights are [T, K], scores
         [T, E], tokens [T]."""
-        ordinal = self._ordinals[layer]
-        for i, (ids, w) in enumerate(zip(routed, weights, strict=True)):
-            self.policy.step(
-                ordinal, ids, w, None if scores is None else scores[i], -1 if tokens is None else tokens[i]
-            )
+        show_chunk(self.policy, self._ordinals[layer], routed, weights, scores, tokens)
 
     def stream(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Addresses]]:
         """One prefill event: yield every expert of a chunk once, with its addresses, reading ahead.
@@ -640,6 +636,21 @@ def _no_wait(key: ExpertId) -> None:
 
 def _no_watch(key: ExpertId, slot: int) -> None:
     """Nobody wants to know in which slot an expert is."""
+
+
+def show_chunk(
+    policy: CachePolicy,
+    ordinal: int,
+    routed: Sequence[Sequence[int]],
+    weights: Sequence[Sequence[float]],
+    scores: NDArray[np.float32] | None,
+    tokens: Sequence[int] | None,
+) -> None:
+    """A policy observes a chunk's tokens, in order: routed and weights [T, K], scores [T, E], tokens [T]."""
+    for i, (ids, w) in enumerate(zip(routed, weights, strict=True)):
+        policy.step(
+            ordinal, ids, w, None if scores is None else scores[i], -1 if tokens is None else tokens[i]
+        )
 
 
 def _addresses(views: Sequence[memoryview]) -> Addresses:

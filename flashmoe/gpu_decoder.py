@@ -45,7 +45,7 @@ from kernels.triton_decode import ExpertDecode
 from kernels.triton_moe import ExpertPrefill
 from kernels.triton_tiles import round_to_int8
 
-DECODE_TOKENS = 4  # so many at most take the decode kernels
+WARM_UP_TOKENS = (1, 5, PREFILL_CHUNK)  # prompts that take different kernels or tiles
 # Whole tokens are launched at once while fewer than this share of them lack an expert: a miss wastes half a
 # token's computing, which is about three times what waiting for every router costs.
 RARE_MISSES, NEWEST = 0.3, 0.1
@@ -178,9 +178,8 @@ class GpuDecoder:
 
     def warm_up(self) -> None:
         """Compile and load every kernel that a chat needs, and capture the graphs of its first tokens."""
-        steps = (1, DECODE_TOKENS + 1, PREFILL_CHUNK)
         nobody = torch.full((self.config.num_experts,), -1, dtype=torch.int32, device=self.model.device)
-        for tokens in (min(n, self.kv_cache.context) for n in steps):
+        for tokens in (min(n, self.kv_cache.context) for n in WARM_UP_TOKENS):
             x = embed(self.model, torch.zeros(tokens, dtype=torch.int64, device=self.model.device))
             layer = self.model.moe_layers[0]
             chunk_attention(self.model, layer, x)

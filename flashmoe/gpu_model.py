@@ -146,10 +146,7 @@ class OneToken:
     def dense_network(self, index: int) -> None:
         """x += the network of a layer without experts."""
         w = self.model.layers[index].weights
-        h = functional.rms_norm(
-            self.x, (self.model.config.hidden_size,), w.post_attention_norm, self.model.config.rms_norm_eps
-        )
-        self._mlp(index, h, None)
+        self._mlp(index, rms_norm(self.model, self.x, w.post_attention_norm), None)
 
     def shared_expert(self, index: int, ordinal: int) -> None:
         """x += the shared expert's gated output, in a layer that has one."""
@@ -208,9 +205,9 @@ def embed(model: GpuModel, tokens: Tensor) -> Tensor:
     return x
 
 
-def rms_norm(model: GpuModel, x: Tensor, weight: Tensor) -> Tensor:
-    """[T, D] fp32"""
-    return functional.rms_norm(x, (x.shape[1],), weight, model.config.rms_norm_eps)
+def rms_norm(model: GpuModel, x: Tensor, weight: Tensor | None) -> Tensor:
+    """Over the last dimension; fp32."""
+    return functional.rms_norm(x, (x.shape[-1],), weight, model.config.rms_norm_eps)
 
 
 def product(x: Tensor, weight: GpuMatrix, exact: bool, bias: Tensor | None = None) -> Tensor:
@@ -231,12 +228,12 @@ def chunk_attention(model: GpuModel, index: int, x: Tensor) -> None:
     heads, kv = c.num_attention_heads * d, c.num_key_value_heads * d
     q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv], qkv[:, heads + kv :]
     if c.family.qk_norm == "full":
-        q, k = _norm_heads(q, w.q_norm, c), _norm_heads(k, w.k_norm, c)
+        q, k = rms_norm(model, q, w.q_norm), rms_norm(model, k, w.k_norm)
     if c.clip_qkv:
         q, k, v = (t.clamp(-c.clip_qkv, c.clip_qkv) for t in (q, k, v))
     q, k, v = (t.reshape(tokens, -1, d) for t in (q, k, v))
     if c.family.qk_norm == "head":
-        q, k = _norm_heads(q, w.q_norm, c), _norm_heads(k, w.k_norm, c)
+        q, k = rms_norm(model, q, w.q_norm), rms_norm(model, k, w.k_norm)
     cos, sin = (t[begin : begin + tokens, None] for t in (model.cos, model.sin))
     keys, values = model.kv_cache.tensors(index)
     keys[begin : begin + tokens] = _rotate(k, cos, sin)
@@ -276,10 +273,6 @@ def chunk_logits(model: GpuModel, x: Tensor) -> Tensor:
 
 def _rows(matrix: GpuMatrix) -> Tensor:
     return matrix.data.view(FLOATS[matrix.format]).view(matrix.rows, matrix.columns)
-
-
-def _norm_heads(x: Tensor, weight: Tensor | None, config: ModelConfig) -> Tensor:
-    return functional.rms_norm(x, (x.shape[-1],), weight, config.rms_norm_eps)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

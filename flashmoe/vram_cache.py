@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cache_policies.policy import CachePolicy, Geometry
 from cache_policies.residency import ChunkPlan, Residency
 from flashmoe.copy_engine import CopyEngine, Ticket
-from flashmoe.expert_cache import ExpertCache
+from flashmoe.expert_cache import ExpertCache, show_chunk
 from flashmoe.expert_placement import Placement
 from flashmoe.tier_copies import TierCopies, VramCounters
 from flashmoe.weights import ExpertId
@@ -290,10 +290,7 @@ class VramCache:
         self._end_event()
         ordinal = self._ordinals[layer]
         self.ram.observe(layer, routed, weights, scores, tokens)
-        for i, (ids, w) in enumerate(zip(routed, weights, strict=True)):
-            self.policy.step(
-                ordinal, ids, w, None if scores is None else scores[i], -1 if tokens is None else tokens[i]
-            )
+        show_chunk(self.policy, ordinal, routed, weights, scores, tokens)
 
     def stream(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         """One prefill event: groups of (expert, slot), every expert once, those in VRAM first.

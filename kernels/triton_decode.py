@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import expert_slots
+from kernels.reference import ACTIVATIONS
 from kernels.triton_gemv import (
     launch_options,
     load_block,
@@ -39,7 +40,6 @@ from kernels.triton_gemv import (
 
 MOST_TOKENS: Final = 4
 _BYTES: Final = {"bf16": 2.0, "f16": 2.0, "f32": 4.0, "fp8": 1.0, "mxfp4": 0.5}  # of a weight in rows
-ACTIVATIONS: Final = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "swiglu_clamped")
 
 
 class GpuMatrix(NamedTuple):

@@ -24,11 +24,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.expert_slots import BITS, FLOATS, FORMATS, slot_layout
+from kernels.reference import ACTIVATIONS
 from kernels.triton_grouped import packed_down, packed_up, rows_down, rows_up
 from kernels.triton_schedule import RECORD, combine, count_pairs, place_pairs, prepare_few, round_tokens
 
 INTERPRET: Final = triton.knobs.runtime.interpret
-ACTIVATIONS: Final = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "swiglu_clamped")
 CODES: Final = {"int4": 8, "mxfp4": 8, "int8": 4, "fp8": 4}  # in a dword
 LIKE: Final = {"f16": "bf16", "int8": "int4", "fp8": "int4", "mxfp4": "int4"}  # where it wasn't measured
 FEW_PAIRS: Final = 1024  # are sorted in one launch, more in two
