@@ -8,8 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flashmoe.api import LLM, Chat, Generation, Piece
+    from flashmoe.api import LLM, Chat, Generation
     from flashmoe.errors import FlashMoEError
+    from flashmoe.generation import Piece
     from flashmoe.sampler import SamplingParams
     from flashmoe.stats import GenerationStats
 
@@ -25,7 +26,7 @@ _HOMES = {
     "LLM": "flashmoe.api",
     "Chat": "flashmoe.api",
     "Generation": "flashmoe.api",
-    "Piece": "flashmoe.api",
+    "Piece": "flashmoe.generation",
     "FlashMoEError": "flashmoe.errors",
     "SamplingParams": "flashmoe.sampler",
     "GenerationStats": "flashmoe.stats",

@@ -8,7 +8,7 @@ print(chat.stats)
 """
 
 import json
-import time
+from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,26 +19,14 @@ from flashmoe.budget import BudgetPlan
 from flashmoe.config import PREDICTOR_NAMES, RunConfig
 from flashmoe.decoder import Decoder
 from flashmoe.errors import ConfigError, FlashMoEError
+from flashmoe.generation import Piece
 from flashmoe.learning import Learning
 from flashmoe.loader import load_engine, open_cache, open_model, open_prefetcher, plan_model, share_slots
 from flashmoe.model_source import Progress, find_model
-from flashmoe.sampler import Sampler, SamplingParams, StopStrings
-from flashmoe.stats import GenerationStats, TokenStats
-from flashmoe.tokenizer import StreamDecoder
-from storage import host
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A bit of an answer. `text` may be empty while a character or a stop string is incomplete.
-
-    `finish_reason` is set on the last piece: "stop", "length" (max_tokens), "context" (the context is full)
-    or "cancelled".
-    """
-
-    text: str
-    token_id: int | None = None
-    finish_reason: str | None = None
+from flashmoe.recorder import Recorder
+from flashmoe.sampler import SamplingParams
+from flashmoe.scheduler import Scheduler
+from flashmoe.stats import GenerationStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +37,6 @@ class Generation:
     token_ids: list[int]
     finish_reason: str
     stats: GenerationStats
-
-
-class _Cancelled(Exception):
-    """The caller's `cancel` said so."""
 
 
 class LLM:
@@ -118,7 +102,7 @@ class LLM:
         if self.learning is not None:
             self.engine.decoder.observer = self.learning
         self._closed = False
-        self._generations = 0  # begun so far
+        self.scheduler = Scheduler(self.engine, self.tokenizer, self._record)
 
     def chat(self, system: str | None = None, **sampling: Any) -> "Chat":
         """A conversation; `sampling` as in `SamplingParams`, kept for every turn."""
@@ -158,58 +142,33 @@ class LLM:
 
         `cancel` is asked before every layer. An error or a closed iterator leaves engine and cache usable.
         """
-        self._generations += 1
-        number = self._generations
-        self._check_turn(number)
-        recorder = _Recorder(self, stats)
-        check = _checker(cancel)
-        sampler = Sampler(params, self.config.vocab_size)
-        text, stops = StreamDecoder(self.tokenizer), StopStrings(params.stop)
-        history = list(prompt)
-        try:
-            stats.prompt_tokens = len(prompt)
-            stats.cached_tokens = self.engine.reuse(prompt)
-            stats.prefill_tokens = len(prompt) - stats.cached_tokens
-            logits = self.engine.prefill(prompt[stats.cached_tokens :], check)
-            while stats.finish_reason is None:
-                token = sampler.next_token(logits, history)
-                history.append(token)
-                ended = token in self.tokenizer.eos_token_ids
-                emitted = stops.push("" if ended else text.push(token))
-                stats.finish_reason = self._finish_reason(
-                    ended or stops.stopped, len(stats.token_ids) + 1, params
-                )
-                if stats.finish_reason is not None:
-                    emitted += stops.push(text.finish()) + stops.flush()
-                recorder.token(token, emitted)
-                yield Piece(emitted, token, stats.finish_reason)
-                if stats.finish_reason is None:
-                    self._check_turn(number)
-                    recorder.step_begins()
-                    logits = self.engine.decode_one_token(token, check)
-        except _Cancelled:
-            stats.finish_reason = "cancelled"
-            rest = stops.push(text.finish()) + stops.flush()
-            stats.text += rest
-            yield Piece(rest, None, "cancelled")
-        finally:
-            recorder.finish()
-
-    def _check_turn(self, number: int) -> None:
-        """There is one KV cache: a generation cannot go on once another has begun."""
         if self._closed:
             raise FlashMoEError("this LLM is closed; open a new one")
-        if number != self._generations:
-            raise FlashMoEError(
-                "another generation began on this LLM; finish one before the next, or open two"
-            )
+        pieces: deque[Piece] = deque()
+        request = self.scheduler.submit(prompt, params, pieces.append, stats, cancelled=cancel)
+        try:
+            while not request.is_finished or pieces:
+                while not pieces:
+                    self.scheduler.step()
+                piece = pieces.popleft()
+                if piece.error is not None:
+                    raise piece.error
+                yield piece
+        finally:
+            request.cancel()
 
-    def _finish_reason(self, stopped: bool, generated: int, params: SamplingParams) -> str | None:
-        if stopped:
-            return "stop"
-        if params.max_tokens is not None and generated >= params.max_tokens:
-            return "length"
-        return "context" if self.engine.is_full else None
+    def _record(self, stats: GenerationStats) -> Recorder:
+        stats.ram_budget_bytes = self.plan.budget_bytes
+        stats.policy, stats.reader = self.expert_cache.policy.name, self.probed.reader
+        stats.drive_mb_per_s = self.probed.read_mb_per_s
+        return Recorder(stats, lambda: self.expert_cache.counters, self._finish_stats)
+
+    def _finish_stats(self, stats: GenerationStats) -> None:
+        self.engine.settle()
+        stats.policy_summary = self.expert_cache.policy.summary
+        prefetcher = self.engine.decoder.prefetcher
+        if prefetcher is not None:
+            stats.prefetch = prefetcher.verdict
 
     def use_policy(self, policy: str, prefetch: str | None = None, predictor: str | None = None) -> None:
         """Go on with empty slots under another policy, which has seen nothing; weights and KV cache stay.
@@ -326,70 +285,6 @@ class Chat:
         return self.llm.tokenizer.encode(
             prompt_text, add_special_tokens=not self.llm.tokenizer.has_chat_template
         )
-
-
-class _Recorder:
-    """Fills GenerationStats from clocks and cache counters while tokens come."""
-
-    def __init__(self, llm: LLM, stats: GenerationStats) -> None:
-        self._llm, self._stats = llm, stats
-        self._begin = self._step_begin = time.perf_counter()
-        self._start = self._step_start = llm.expert_cache.counters.snapshot()
-        stats.ram_budget_bytes = llm.plan.budget_bytes
-        stats.policy, stats.reader = llm.expert_cache.policy.name, llm.probed.reader
-        stats.drive_mb_per_s = llm.probed.read_mb_per_s
-
-    def step_begins(self) -> None:
-        self._step_begin = time.perf_counter()
-        self._step_start = self._llm.expert_cache.counters.snapshot()
-
-    def token(self, token_id: int, text: str) -> None:
-        """Account for the step that produced `token_id`; the first one is prefill."""
-        s, now = self._stats, time.perf_counter()
-        spent = now - self._step_begin
-        step = self._llm.expert_cache.counters - self._step_start
-        if not s.token_ids:
-            s.prefill_s = s.time_to_first_token_s = now - self._begin
-        else:
-            s.decode_steps += 1
-            s.decode_s += spent
-            s.decode_hits += step.hits
-            s.decode_misses += step.misses
-            s.decode_bytes_read += step.bytes_read
-            s.decode_stall_s += step.stall_s
-        s.token_ids.append(token_id)
-        s.decode_tokens = len(s.token_ids)
-        s.text += text
-        s.tokens.append(
-            TokenStats(token_id, text, spent, step.stall_s, step.hits, step.misses, step.bytes_read)
-        )
-
-    def finish(self) -> None:
-        self._llm.engine.settle()
-        s, total = self._stats, self._llm.expert_cache.counters - self._start
-        s.hits, s.misses, s.expert_bytes_read = total.hits, total.misses, total.bytes_read
-        s.stall_s, s.read_s = total.stall_s, total.read_s
-        s.policy_summary = self._llm.expert_cache.policy.summary
-        s.prefetch_issued, s.prefetch_hits, s.prefetch_late = (
-            total.prefetch_issued, total.prefetch_hits, total.prefetch_late,
-        )  # fmt: skip
-        s.prefetch_wasted, s.prefetch_cancelled = total.prefetch_wasted, total.prefetch_cancelled
-        s.prefetch_failed, s.prefetch_bytes_wasted = total.prefetch_failed, total.prefetch_bytes_wasted
-        prefetcher = self._llm.engine.decoder.prefetcher
-        if prefetcher is not None:
-            s.prefetch = prefetcher.verdict
-        s.rss_bytes, s.peak_rss_bytes = host.rss_bytes(), host.peak_rss_bytes()
-
-
-def _checker(cancel: Callable[[], bool] | None) -> Callable[[], None] | None:
-    if cancel is None:
-        return None
-
-    def check() -> None:
-        if cancel():
-            raise _Cancelled
-
-    return check
 
 
 def _read_generation_config(folder: Path) -> dict[str, Any]:

@@ -33,13 +33,9 @@ class Engine:
         """No further token fits in the context."""
         return len(self.tokens) >= self.context
 
-    def reuse(self, prompt: Sequence[int]) -> int:
-        """Keep what the KV cache shares with `prompt`, at most all but its last token; returns how many
-        tokens.
-
-        Raises ContextError for an empty prompt or one longer than the context, ModelError for an id that the
-        model does not know.
-        """
+    def check_prompt(self, prompt: Sequence[int]) -> None:
+        """Raises ContextError for an empty prompt or one longer than the context, ModelError for an id that
+        the model does not know."""
         if not prompt:
             raise ContextError("the prompt has no tokens; give at least one word")
         if max(prompt) >= self.vocab_size:
@@ -52,6 +48,11 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, the context holds {self.context};"
                 " shorten it, start afresh with /reset, or give a larger --context"
             )
+
+    def reuse(self, prompt: Sequence[int]) -> int:
+        """Keep what the KV cache shares with `prompt`, at most all but its last token; returns how many
+        tokens. Raises what `check_prompt` raises."""
+        self.check_prompt(prompt)
         shared = next(
             (i for i, (a, b) in enumerate(zip(self.tokens, prompt, strict=False)) if a != b),
             min(len(self.tokens), len(prompt)),

@@ -7,6 +7,7 @@
     ├── GpuError         a GPU, its driver, or memory that cannot be pinned for it
     ├── TokenizerError   tokenizer.json or the chat template
     ├── ContextError     more tokens than the context holds
+    ├── QueueFullError   more requests than may wait
     ├── TraceError       a routing trace that cannot be used
     ├── PolicyError      a learned policy's file that cannot be used, or traces too short to train one
     └── DemoModelError   the demo model cannot be built
@@ -41,6 +42,14 @@ class TokenizerError(FlashMoEError):
 
 class ContextError(FlashMoEError):
     """A prompt longer than the context."""
+
+
+class QueueFullError(FlashMoEError):
+    """More requests than may wait; `retry_after_s` is when to try again."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class DemoModelError(FlashMoEError):

@@ -20,10 +20,12 @@ from flashmoe.errors import ConfigError, ModelError
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
+Allowed = NDArray[np.bool_]
 
 # A temperature below this is greedy: dividing by it would leave the range of float32.
 _GREEDY_BELOW = 1e-5
 _LARGEST_SEED = 2**63 - 1
+MOST_LOGPROBS = 20
 
 # generation_config.json's names for our options.
 _FILE_NAMES = {
@@ -46,6 +48,9 @@ class SamplingParams:
     top_k: int = 0  # 0: off
     min_p: float = 0.0  # 0: off; a share of the likeliest token's probability
     repetition_penalty: float = 1.0  # 1: off
+    frequency_penalty: float = 0.0  # 0: off; taken from a token's logit for each time it was generated
+    presence_penalty: float = 0.0  # 0: off; taken once if it was generated at all
+    logprobs: int | None = None  # report each token's log probability, and those of so many likeliest
     seed: int | None = None  # None: a different one for every sampler
     max_tokens: int | None = None  # None: until the model ends or the context is full
     stop: tuple[str, ...] = ()
@@ -56,6 +61,12 @@ class SamplingParams:
         _check_whole("top_k", self.top_k, 0)
         _check_number("min_p", self.min_p, 0, 1)
         _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100)
+        _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
+        _check_number("presence_penalty", self.presence_penalty, -2, 2)
+        if self.logprobs is not None:
+            _check_whole("logprobs", self.logprobs, 0)
+            if self.logprobs > MOST_LOGPROBS:
+                raise _bad("logprobs", self.logprobs, f"at most {MOST_LOGPROBS}")
         if self.seed is not None:
             _check_whole("seed", self.seed, 0)
         if self.max_tokens is not None:
@@ -101,27 +112,34 @@ class Sampler:
         self.seed = secrets.randbits(32) if params.seed is None else params.seed
         self._generator = torch.Generator().manual_seed(self.seed)
 
-    def next_token(self, logits: Tensor, history: Sequence[int]) -> int:
+    def next_token(
+        self, logits: Tensor, history: Sequence[int], prompt_tokens: int = 0, allowed: Allowed | None = None
+    ) -> int:
         """Draw a token id; of equally likely ones, greedy takes the lowest.
 
-        `logits` [V], any float dtype, not changed. `history`: ids of the prompt and of what was generated.
+        `logits` [V], any float dtype, not changed. `history`: ids of the prompt, which has `prompt_tokens`,
+        and of what was generated. `allowed` [V]: the tokens that may be drawn, at least one; None: all.
         Raises ModelError for logits that are not numbers.
         """
-        ids, probabilities = self.candidates(logits, history)
+        ids, probabilities = self.candidates(logits, history, prompt_tokens, allowed)
         if len(ids) == 1:
             return int(ids[0])
         cumulative = probabilities.cumsum(dtype=np.float64)
         draw = torch.rand((), dtype=torch.float64, generator=self._generator).item() * cumulative[-1]
         return int(ids[cumulative.searchsorted(draw, side="right")])  # right: never one of probability 0
 
-    def candidates(self, logits: Tensor, history: Sequence[int]) -> tuple[Ids, Floats]:
+    def candidates(
+        self, logits: Tensor, history: Sequence[int], prompt_tokens: int = 0, allowed: Allowed | None = None
+    ) -> tuple[Ids, Floats]:
         """The tokens that may be drawn: ids [N], ascending, and their probabilities [N], together 1.
 
         Arguments and errors as in `next_token`.
         """
         params = self.params
         with np.errstate(over="ignore"):  # masked logits may be the lowest float32, and become -inf here
-            scores = self._penalized(self._checked(logits), history)  # [V]
+            scores = self._penalized(_checked(logits, self._vocab_size), history, prompt_tokens)  # [V]
+            if allowed is not None:
+                scores = np.where(allowed, scores, np.float32(-np.inf))
             if params.temperature < _GREEDY_BELOW:
                 return np.array([scores.argmax()]), np.ones(1, np.float32)
             if 0 < params.top_k < self._vocab_size:  # comes first, as temperature keeps the order
@@ -139,26 +157,44 @@ class Sampler:
             ids, probabilities = ids[likely], probabilities[likely]
         return ids, probabilities / probabilities.sum()
 
-    def _checked(self, logits: Tensor) -> Floats:
-        if logits.shape != (self._vocab_size,):
-            raise ModelError(f"logits of shape {tuple(logits.shape)} for a vocabulary of {self._vocab_size}")
-        values: Floats = logits.detach().to("cpu", torch.float32).numpy()
-        highest = values.max()  # nan if any is nan; -inf, for tokens ruled out, may be there
-        if not math.isfinite(highest):
-            raise ModelError(
-                f"the model's logits are not numbers (the largest is {highest}): a damaged checkpoint or a"
-                " broken kernel; check the files and try another back-end"
-            )
-        return values
-
-    def _penalized(self, logits: Floats, history: Sequence[int]) -> Floats:
-        """Make each token seen so far less likely, once however often it was seen (arXiv 1909.05858, 4.1)."""
-        penalty = np.float32(self.params.repetition_penalty)
-        if penalty == 1 or not history:
+    def _penalized(self, logits: Floats, history: Sequence[int], prompt_tokens: int) -> Floats:
+        """Make each token seen so far less likely, once however often it was seen (arXiv 1909.05858, 4.1);
+        and each that was generated, as OpenAI's API defines frequency and presence penalties."""
+        p = self.params
+        generated = history[prompt_tokens:] if p.frequency_penalty or p.presence_penalty else ()
+        if not history or (p.repetition_penalty == 1 and not generated):
             return logits
-        scores, seen = logits.copy(), np.fromiter(history, np.int64, len(history))
-        scores[seen] = np.where(logits[seen] < 0, logits[seen] * penalty, logits[seen] / penalty)
+        scores = logits.copy()
+        if p.repetition_penalty != 1:
+            penalty, seen = np.float32(p.repetition_penalty), np.fromiter(history, np.int64, len(history))
+            scores[seen] = np.where(logits[seen] < 0, logits[seen] * penalty, logits[seen] / penalty)
+        if generated:
+            ids, counts = np.unique(np.fromiter(generated, np.int64, len(generated)), return_counts=True)
+            scores[ids] -= np.float32(p.frequency_penalty) * counts + np.float32(p.presence_penalty)
         return scores
+
+
+def log_probabilities(logits: Tensor, most: int) -> tuple[Floats, Ids]:
+    """Of logits [V], before penalties and temperature: log probabilities [V], and the ids of the `most`
+    likeliest, the likeliest first. Raises ModelError for logits that are not numbers."""
+    values = _checked(logits, len(logits)).astype(np.float64)
+    values -= values.max()
+    values -= np.log(np.exp(values).sum())
+    top = np.argpartition(-values, most - 1)[:most] if most else np.zeros(0, np.int64)
+    return values.astype(np.float32), top[np.lexsort((top, -values[top]))]
+
+
+def _checked(logits: Tensor, vocab_size: int) -> Floats:
+    if logits.shape != (vocab_size,):
+        raise ModelError(f"logits of shape {tuple(logits.shape)} for a vocabulary of {vocab_size}")
+    values: Floats = logits.detach().to("cpu", torch.float32).numpy()
+    highest = values.max()  # nan if any is nan; -inf, for tokens ruled out, may be there
+    if not math.isfinite(highest):
+        raise ModelError(
+            f"the model's logits are not numbers (the largest is {highest}): a damaged checkpoint or a"
+            " broken kernel; check the files and try another back-end"
+        )
+    return values
 
 
 def _top_k(scores: Floats, k: int) -> Ids:
