@@ -34,6 +34,7 @@ CPU_EXPERTS = ("auto", "never", "always")
 PREDICTOR_NAMES = ("next-router", "transitions", "maps", "learned")
 MAX_DEFAULT_CONTEXT = 8192
 LARGEST_NUMBER = 1e30
+MOST_BATCHED = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +289,9 @@ class RunConfig:
     vram_budget: str = "auto"  # as ram_budget, of the GPU
     cpu_experts: str = "auto"  # whether the CPU computes an expert that is in RAM but not in VRAM
     token_rounding: bool = False  # on a GPU: prompts keep only as many tokens of an expert as fill tiles
+    max_batch: int = 8  # requests that are computed together
+    session_cache: str | None = None  # folder that keeps conversations' keys and values; None: none does
+    session_cache_size: str = "4G"  # the most that this folder may hold
 
     def __post_init__(self) -> None:
         if not isinstance(self.ram_budget, str):
@@ -312,6 +316,11 @@ class RunConfig:
         self._check_whole("context", self.context, 16, 1 << 31)
         self._check_whole("threads", self.threads, 1, 1024)
         self._check_whole("seed", self.seed, 0, 2**63 - 1)
+        self._check_whole("max-batch", self.max_batch, 1, MOST_BATCHED)
+        if self.session_cache is not None and not isinstance(self.session_cache, str):
+            raise ConfigError(f"session_cache is {self.session_cache!r}, not the path of a folder")
+        if not isinstance(self.session_cache_size, str):
+            raise ConfigError(f"session_cache_size is {self.session_cache_size!r}, not text such as 4G")
 
     @staticmethod
     def _check_whole(name: str, value: int | None, least: int, most: int) -> None:
