@@ -7,6 +7,7 @@ and output are limited. What that cannot stop is a single step that asks for muc
 
 import json
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from datetime import datetime
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 import tokenizers
 from jinja2 import nodes
@@ -34,6 +36,17 @@ _MOST_TEMPLATE_CHARACTERS = 2**20  # on top of four times those of the messages
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # how vocabularies with byte fallback spell one byte
 _REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are not, or not yet, a character
+
+
+def _bytes_as_characters() -> dict[str, int]:
+    """How byte-level vocabularies spell bytes: printable Latin-1 as itself, the others from U+0100 on, as
+    GPT-2's bytes_to_unicode has it."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _bytes_as_characters()
 
 
 class Tokenizer:
@@ -71,17 +84,56 @@ class Tokenizer:
         return self._chat_template is not None
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The text that the model sees for `messages`, each with a "role" and a "content".
 
-        A base model, without a template, continues text: it sees that of the messages, one after the other.
-        Some other model's markup (llama.cpp takes ChatML) would be noise to it. Raises TokenizerError when
-        the template is broken or refuses the messages.
+        `tools`: functions that the model may call, as OpenAI's API writes them. `variables`: others that the
+        template knows, such as enable_thinking; ours come first. A base model, without a template, continues
+        text: it sees that of the messages, one after the other. Some other model's markup (llama.cpp takes
+        ChatML) would be noise to it. Raises TokenizerError when the template is broken or refuses the
+        messages.
         """
         if self._chat_template is None:
             return "".join(message["content"] for message in messages)
-        return self._chat_template.render(messages, add_generation_prompt)
+        return self._chat_template.render(messages, add_generation_prompt, tools, variables)
+
+    @property
+    def template_takes_tools(self) -> bool:
+        """Whether the chat template says anything about tools."""
+        return self._chat_template is not None and self._chat_template.takes_tools
+
+    def token_text(self, id: int) -> str:
+        """The text of one token by itself, special ones included; U+FFFD where it is part of a character."""
+        text = self.decode([id], skip_special_tokens=False)
+        spelled = self._tokenizer.id_to_token(id) or ""
+        # sentencepiece drops the space that begins a text, and here every token does
+        return f" {text}" if spelled.startswith("\u2581") and not text.startswith(" ") else text
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes of one token, which need not be whole characters."""
+        text = self.token_text(id)
+        spelled = self._tokenizer.id_to_token(id) or ""
+        if _REPLACEMENT not in text:
+            return text.encode("utf-8")
+        if _BYTE_TOKEN.fullmatch(spelled):
+            return bytes([int(spelled[3:5], 16)])
+        if all(character in _BYTE_OF for character in spelled):
+            return bytes(_BYTE_OF[character] for character in spelled)
+        return text.encode("utf-8")
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token as the vocabulary spells it."""
+        id = self._tokenizer.token_to_id(token)
+        return None if id is None else int(id)
+
+    def to_json(self) -> str:
+        """The whole tokenizer as the text of a tokenizer.json, for libraries that read those."""
+        return str(self._tokenizer.to_str())
 
     def visible_token(self, id: int) -> str | None:
         """The token as the vocabulary spells it; None where decoding skips the id."""
@@ -141,31 +193,48 @@ class ChatTemplate:
         self._source = source
         self._special_tokens = dict(special_tokens)
         self._environment = _TemplateEnvironment()
+        self._one_at_a_time = threading.Lock()
 
-    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The template's text for `messages`; raises TokenizerError for whatever goes wrong in it."""
         conversation = [dict(message) for message in messages]
-        limit = _MOST_TEMPLATE_CHARACTERS + 4 * sum(len(m.get("content", "")) for m in conversation)
-        self._environment.steps_left = _MOST_TEMPLATE_STEPS
+        limit = _MOST_TEMPLATE_CHARACTERS + 4 * sum(len(m.get("content") or "") for m in conversation)
+        ours = {
+            **self._special_tokens,
+            "messages": conversation,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None if tools is None else [dict(tool) for tool in tools],
+            "documents": None,
+        }
         pieces, characters = [], 0
         try:
-            for piece in self._template.generate(
-                **self._special_tokens,
-                messages=conversation,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-            ):
-                pieces.append(piece)
-                characters += len(piece)
-                if characters > limit:
-                    raise LimitExceeded(f"it wrote more than {limit} characters")
+            with self._one_at_a_time:  # the count of steps is the environment's
+                self._environment.steps_left = _MOST_TEMPLATE_STEPS
+                for piece in self._template.generate({**(variables or {}), **ours}):
+                    pieces.append(piece)
+                    characters += len(piece)
+                    if characters > limit:
+                        raise LimitExceeded(f"it wrote more than {limit} characters")
         except _Refusal as error:
             raise TokenizerError(f"the chat template refuses these messages: {_printable(error)}") from error
         except Exception as error:  # a template can raise anything: it is a program
             what = type(error).__name__
             raise TokenizerError(f"the chat template failed with {what}: {_printable(error)}") from error
         return "".join(pieces)
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the template reads the variable `tools`; a broken one does not."""
+        try:
+            return "tools" in jinja2.meta.find_undeclared_variables(self._environment.parse(self._source))
+        except jinja2.TemplateError:
+            return False
 
     @cached_property
     def _template(self) -> jinja2.Template:
