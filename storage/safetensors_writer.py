@@ -46,19 +46,21 @@ def write_safetensors(
     data: Callable[[str], Bytes] | Iterable[Bytes | Iterable[Bytes]],
     metadata: Mapping[str, str] | None = None,
     align: int = PAGE_BYTES,
+    private: bool = False,
 ) -> None:
     """Write `tensors` in the order given, without gaps, the first one at a multiple of `align` bytes.
 
     `data` is called with each tensor's name, or iterated, and gives its bytes, contiguous, or iterated piece
     by piece, and exactly as many as dtype and shape need; one tensor, or piece, is held at a time.
-    `transformers` wants `metadata` to contain {"format": "pt"}. An existing file is replaced. On any error, a
-    full disk included, nothing is left and StorageError names the path, the bytes needed and the bytes free.
+    `transformers` wants `metadata` to contain {"format": "pt"}. An existing file is replaced. `private`: only
+    its owner may ever open it. On any error, a full disk included, nothing is left and StorageError names the
+    path, the bytes needed and the bytes free.
     """
     header = header_bytes(tensors, metadata, align)
     needed_bytes = len(header) + sum(spec.nbytes for spec in tensors)
     _require_room(path, needed_bytes)
     chunks = map(data, (spec.name for spec in tensors)) if callable(data) else iter(data)
-    with new_file(path, needed_bytes) as file:
+    with new_file(path, needed_bytes, private) as file:
         file.write(header)
         for spec in tensors:
             _write_tensor(file, spec, chunks)
@@ -154,11 +156,15 @@ def _write_tensor(file: BinaryIO, spec: TensorSpec, chunks: Iterator[Bytes | Ite
 
 
 @contextmanager
-def new_file(path: Path, needed_bytes: int) -> Iterator[BinaryIO]:
-    """A file that gets its name only when it is complete and on the drive; until then `.name.pid.partial`."""
+def new_file(path: Path, needed_bytes: int, private: bool = False) -> Iterator[BinaryIO]:
+    """A file that gets its name only when it is complete and on the drive; until then `.name.pid.partial`.
+
+    `private`: nobody else may open it.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    mode = 0o600 if private else 0o666  # what the process's umask leaves of it
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
