@@ -83,9 +83,21 @@ class Residency:
     ) -> list[ExpertId]:
         """Observe one token's event and hold what is resident of it -> what is not, in top-k order."""
         self.policy.step(layer, routed, weights, scores, token)
+        return self._hold(layer, routed)
+
+    def begin_together(
+        self, layer: int, experts: Sequence[int]
+    ) -> tuple[list[ExpertId], list[ExpertId]]:
+        """One event of several sequences' tokens, which the policy has seen; `experts` that they need, each
+        once -> as `begin`. They must fit in the capacity."""
+        missing = self._hold(layer, experts)
+        return missing, self.make_room(layer, len(missing)) if missing else []
+
+    def _hold(self, layer: int, experts: Sequence[int]) -> list[ExpertId]:
+        """Hold what is resident -> what is not."""
         missing: list[ExpertId] = []
         pool, held = self._pools[layer], self.held
-        for expert in routed:
+        for expert in experts:
             key = (layer, expert)
             if key in pool:
                 held[key] = None

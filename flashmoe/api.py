@@ -20,6 +20,7 @@ from flashmoe.config import PREDICTOR_NAMES, RunConfig
 from flashmoe.decoder import Decoder
 from flashmoe.errors import ConfigError, FlashMoEError
 from flashmoe.generation import Piece
+from flashmoe.kv_cache import KVPool, OneSequence
 from flashmoe.learning import Learning
 from flashmoe.loader import load_engine, open_cache, open_model, open_prefetcher, plan_model, share_slots
 from flashmoe.model_source import Progress, find_model
@@ -62,6 +63,7 @@ class LLM:
         vram_budget: str | int = "auto",
         cpu_experts: str = "auto",
         token_rounding: bool = False,
+        max_batch: int = 8,
         progress: Progress | None = None,
         on_plan: Callable[[BudgetPlan], None] | None = None,
     ) -> None:
@@ -73,13 +75,14 @@ class LLM:
         "auto" or at most so many guesses a layer, "2", that `predictor` makes. `learn`: keep the routing on
         this machine and train the learned policy on it after `close`. `device`: "cpu", "cuda" or "auto"; on a
         GPU, `vram_budget` holds for all of its memory that this process uses, `cpu_experts` says whether the
-        CPU computes what is in RAM only, `token_rounding` (lossy) makes prompts cheaper. `on_plan` is called
-        once with what the budget buys, before anything is allocated; `progress(what, done, total)` while the
-        model is prepared and its dense weights load.
+        CPU computes what is in RAM only, `token_rounding` (lossy) makes prompts cheaper. `max_batch`: so many
+        generations run together, on the CPU and without `learn`; more wait. `on_plan` is called once with
+        what the budget buys, before anything is allocated; `progress(what, done, total)` while the model is
+        prepared and its dense weights load.
         """
         self.run_config = RunConfig(
             str(ram_budget), policy, reader, context, threads, seed, exact_activations, check_reads, scope,
-            prefetch, learn, predictor, device, str(vram_budget), cpu_experts, token_rounding,
+            prefetch, learn, predictor, device, str(vram_budget), cpu_experts, token_rounding, max_batch,
         )  # fmt: skip
         self._opened = open_model(find_model(None if model is None else str(model), progress))
         self.config, self.tokenizer = self._opened.config, self._opened.tokenizer
@@ -102,7 +105,15 @@ class LLM:
         if self.learning is not None:
             self.engine.decoder.observer = self.learning
         self._closed = False
-        self.scheduler = Scheduler(self.engine, self.tokenizer, self._record)
+        decoder = self.engine.decoder
+        if isinstance(decoder, Decoder):
+            self.kv_pool: KVPool | OneSequence = KVPool(self.config, self.plan.context, self.plan.kv_tokens)
+            one_at_a_time = learn  # what is recorded is one conversation's routing
+        else:
+            self.kv_pool, one_at_a_time = OneSequence(self.config, decoder.kv_cache), True
+        self.scheduler = Scheduler(
+            decoder, self.kv_pool, self.tokenizer, self._record, 1 if one_at_a_time else max_batch
+        )
 
     def chat(self, system: str | None = None, **sampling: Any) -> "Chat":
         """A conversation; `sampling` as in `SamplingParams`, kept for every turn."""
@@ -142,20 +153,26 @@ class LLM:
 
         `cancel` is asked before every layer. An error or a closed iterator leaves engine and cache usable.
         """
-        if self._closed:
-            raise FlashMoEError("this LLM is closed; open a new one")
+        self._check_open()
         pieces: deque[Piece] = deque()
         request = self.scheduler.submit(prompt, params, pieces.append, stats, cancelled=cancel)
         try:
             while not request.is_finished or pieces:
-                while not pieces:
-                    self.scheduler.step()
+                self._check_open()
+                if not pieces:
+                    self.scheduler.advance()
+                    continue
                 piece = pieces.popleft()
                 if piece.error is not None:
                     raise piece.error
                 yield piece
         finally:
-            request.cancel()
+            if not request.is_finished:
+                self.scheduler.retire(request)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise FlashMoEError("this LLM is closed; open a new one")
 
     def _record(self, stats: GenerationStats) -> Recorder:
         stats.ram_budget_bytes = self.plan.budget_bytes
@@ -198,6 +215,8 @@ class LLM:
         """Free the expert slots and close the files; safe to call twice."""
         if not self._closed:
             self._closed = True
+            self.scheduler.stop()
+            self.kv_pool.forget()
             self.expert_cache.close()
             decoder = self.engine.decoder
             if not isinstance(decoder, Decoder):

@@ -53,7 +53,8 @@ class BudgetPlan:
     slots: int
     experts: int
     expert_bytes: int
-    context: int  # tokens
+    context: int  # tokens of one conversation
+    kv_tokens: int  # of all conversations together
     smallest_budget_bytes: int
     token_cycle_experts: int  # layers x top-k: the experts one token uses
     warnings: tuple[str, ...]
@@ -86,22 +87,29 @@ class BudgetPlan:
         return [
             process,
             ("dense weights", format_bytes(self.dense_bytes), "attention, router, embeddings"),
-            ("KV cache", format_bytes(self.kv_cache_bytes), f"context of {self.context} tokens, fp32"),
+            ("KV cache", format_bytes(self.kv_cache_bytes), self._kv_text()),
             ("workspace", workspace, f"prefill, {min(PREFILL_CHUNK, self.context)} tokens at a time"),
             slots,
             planned,
         ]
+
+    def _kv_text(self) -> str:
+        if self.kv_tokens == self.context:
+            return f"context of {self.context} tokens, fp32"
+        return f"{self.kv_tokens} tokens in all, {self.context} a conversation, fp32"
 
     def as_dict(self) -> Mapping[str, Any]:
         """For programs: every field, and the two sums."""
         return {**asdict(self), "slots_bytes": self.slots_bytes, "planned_bytes": self.planned_bytes}
 
 
-def plan_budget(config: ModelConfig, sizes: Sizes, budget_bytes: int, context: int | None) -> BudgetPlan:
+def plan_budget(
+    config: ModelConfig, sizes: Sizes, budget_bytes: int, context: int | None, conversations: int = 1
+) -> BudgetPlan:
     """Divide the budget; BudgetError names the smallest workable figure and its parts.
 
     `context` None: as many tokens as the model allows, at most 8192, within a quarter of what the fixed parts
-    leave.
+    leave. The KV cache of further `conversations` comes out of the same quarter.
     """
     if context is not None and context > config.max_position_embeddings:
         raise ConfigError(
@@ -126,17 +134,25 @@ def plan_budget(config: ModelConfig, sizes: Sizes, budget_bytes: int, context: i
             + ("" if context is None or sizes.on_gpu else " or a smaller --context")
         )
     tokens, slots = _divide(config, sizes, budget_bytes, context)
+    kv_tokens = tokens
+    if conversations > 1 and not sizes.on_gpu:
+        spare = budget_bytes - _fixed_bytes(config, sizes, tokens) - least_slots * sizes.slot_bytes
+        further = int(KV_SHARE * spare / config.kv_bytes_per_token)
+        kv_tokens += min(further, (conversations - 1) * tokens)
+        spare -= _kv_bytes(config, sizes, kv_tokens - tokens)
+        slots = min(sizes.experts, least_slots + spare // sizes.slot_bytes)
     return BudgetPlan(
         budget_bytes=budget_bytes,
         process_bytes=sizes.process_bytes + LATE_PROCESS_BYTES,
         dense_bytes=sizes.dense_bytes,
-        kv_cache_bytes=_kv_bytes(config, sizes, tokens),
+        kv_cache_bytes=_kv_bytes(config, sizes, kv_tokens),
         workspace_bytes=_workspace_bytes(config, sizes, tokens),
         slot_bytes=sizes.slot_bytes,
         slots=slots,
         experts=sizes.experts,
         expert_bytes=sizes.expert_bytes,
         context=tokens,
+        kv_tokens=kv_tokens,
         smallest_budget_bytes=smallest,
         token_cycle_experts=config.num_moe_layers * config.num_experts_per_tok,
         warnings=tuple(_warnings(config, sizes, budget_bytes, context)),

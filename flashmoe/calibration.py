@@ -7,7 +7,6 @@ counts as much as its mean square, as with llama.cpp's imatrix. For int4 it is t
 for flashmoe/gptq.py, of one layer at a time. Axis letters: T tokens, D hidden, F expert width.
 """
 
-import ctypes
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -241,15 +240,14 @@ class _Recorder(ExpertFFN):
         self._hidden: dict[int, Tensor] = {}
         super().begin(x)
 
-    def add(self, routing: Routing, expert: int, addresses: Addresses) -> None:
-        super().add(routing, expert, addresses)
+    def add(self, routing: Routing, experts: Sequence[tuple[int, Addresses]]) -> None:
+        super().add(routing, experts)
         if self.listener is None:
             return
-        begin, end = (ctypes.c_int32 * 2).from_address(routing.row_begin(expert))
-        rows = (ctypes.c_int32 * (end - begin)).from_address(routing.rows + 4 * begin)
-        x = self._x[[row // self._k for row in rows]]  # [T, D]
-        gate, up = (self._linear(address, x) for address in addresses[:2])
-        self._hidden[expert] = self._activate(gate, up)
+        for expert, addresses in experts:
+            x = self._x[torch.from_numpy(routing.rows_of([expert])[1] // self._k)]  # [T, D]
+            gate, up = (self._linear(address, x) for address in addresses[:2])
+            self._hidden[expert] = self._activate(gate, up)
 
     def end(self, weights: Tensor, y: Tensor) -> None:
         super().end(weights, y)

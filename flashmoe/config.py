@@ -289,7 +289,7 @@ class RunConfig:
     vram_budget: str = "auto"  # as ram_budget, of the GPU
     cpu_experts: str = "auto"  # whether the CPU computes an expert that is in RAM but not in VRAM
     token_rounding: bool = False  # on a GPU: prompts keep only as many tokens of an expert as fill tiles
-    max_batch: int = 8  # requests that are computed together
+    max_batch: int = 1  # generations that are computed together
     session_cache: str | None = None  # folder that keeps conversations' keys and values; None: none does
     session_cache_size: str = "4G"  # the most that this folder may hold
 

@@ -1,12 +1,13 @@
-"""The decoder: embedding, layers, logits, for one sequence on the CPU, activations in fp32.
+"""The decoder: embedding, layers, logits, on the CPU, activations in fp32.
 
-Of a layer, attention and router are one native call, its experts a few more. One token or a chunk of them
-take the same way and give the same bits; they differ in how experts are asked for. Axis letters: T new
-tokens, D hidden, d head size, E experts, K experts per token, V vocabulary.
+Of a layer, attention and router are one native call, its experts a few more. One token, a chunk of them, or
+tokens of several sequences take the same way, and a token's bits do not depend on who runs beside it; they
+differ in how experts are asked for. Axis letters: T new tokens, B sequences, D hidden, d head size, E
+experts, K experts per token, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +23,10 @@ from flashmoe.rotary import Rotary
 from flashmoe.weights import DenseWeights, LayerWeights, Weight
 from kernels.expert_ffn import ExpertFFN, Routing
 from kernels.native import ACTIVATIONS, Attention, Context, Experts, Format, Router, gather_rows
+
+# Tokens of one step of several sequences whose experts are asked for as decode does: all at once, and what
+# misses stays. More are a prefill's: expert by expert, most of them passing through.
+MOST_STEP_TOKENS = 64
 
 _QK_NORMS = {"none": 0, "head": 1, "full": 2}
 
@@ -40,8 +45,16 @@ class RoutingObserver(Protocol):
         """All layers have run. An error here leaves the KV cache as it was."""
 
 
+class Stretch(NamedTuple):
+    """New tokens of one sequence."""
+
+    kv_cache: Any  # KVCache; on a GPU its own
+    tokens: list[int]
+
+
 class Decoder:
-    """Appends tokens to the KV cache and returns logits. `check` is called before every layer.
+    """Appends tokens to KV caches and returns logits. `check` is called before every layer. `kv_cache` is
+    that of a sequence of its own.
 
     `expert_format`: how experts are stored. `exact`: fp32 activations also for int4 and int8 weights. Whoever
     wants to see what experts are given puts a subclass of ExpertFFN in `expert_ffn`; whoever wants to see the
@@ -68,27 +81,32 @@ class Decoder:
         )
         self.expert_ffn = ExpertFFN(kernels, native_experts, config.hidden_size, config.num_experts_per_tok)
         self._layers = [
-            _NativeLayer(config, layer, self.kv_cache, index, exact)
+            _NativeLayer(config, layer, self.kv_cache.offsets(index), index, exact)
             for index, layer in enumerate(weights.layers)
         ]
         self._one_token = _Buffers.of(config, 1)
         self.observer: RoutingObserver | None = None
         self.prefetcher: Prefetcher | None = None
 
-    @torch.inference_mode()
     def forward(
         self, token_ids: Sequence[int], all_logits: bool = False, check: Callable[[], None] | None = None
     ) -> Tensor:
-        """Run T tokens behind those in the KV cache -> logits [V] of the last one, or [T, V] with
-        `all_logits`.
+        """Run T tokens behind those in its own KV cache -> logits [V] of the last one, or [T, V] with
+        `all_logits`. Errors as in `forward_batch`."""
+        logits = self.forward_batch([Stretch(self.kv_cache, list(token_ids))], check, all_logits)
+        return logits if all_logits else logits[0]
 
-        The KV cache counts the tokens only when every layer has run: an exception leaves it as it was.
+    @torch.inference_mode()
+    def forward_batch(
+        self, batch: Sequence[Stretch], check: Callable[[], None] | None = None, all_logits: bool = False
+    ) -> Tensor:
+        """Run new tokens of B sequences, T in all -> logits [B, V] of each one's last, or of all: [T, V].
+
+        The KV caches count the tokens only when every layer has run: an exception leaves them as they were.
         """
-        tokens, begin = len(token_ids), self.kv_cache.length
-        assert begin + tokens <= self.kv_cache.context, "more tokens than the context holds"
+        token_ids = [token for stretch in batch for token in stretch.tokens]
         x = self.embed(token_ids)
-        buffers = self._one_token if tokens == 1 else _Buffers.of(self.config, tokens)
-        position = (*self._rotary.addresses(begin), begin, tokens)
+        step = self._step(batch, token_ids)
         if self.observer is not None:
             self.observer.forward_begins(token_ids)
         if self.prefetcher is not None:
@@ -96,15 +114,17 @@ class Decoder:
         for index in range(self.config.num_hidden_layers):
             if check is not None:
                 check()
-            self._layer(index, x, buffers, position, token_ids)
+            self._layer(index, x, step)
         if self.observer is not None:
             self.observer.forward_ends()
         if self.prefetcher is not None:
             self.prefetcher.forward_ends()
-        self.kv_cache.advance(tokens)
-        x = self._norm(x if all_logits else x[-1:], self._weights.norm)
-        logits = self._linear(x, self._weights.lm_head)
-        return logits if all_logits else logits[0]
+        for stretch in batch:
+            stretch.kv_cache.append(stretch.tokens)
+        if not all_logits:
+            ends = np.cumsum([len(stretch.tokens) for stretch in batch]) - 1
+            x = x[-1:] if len(batch) == 1 else x[torch.from_numpy(ends)]
+        return self._linear(self._norm(x, self._weights.norm), self._weights.lm_head)
 
     def settle(self) -> None:
         """Policy and counters know of all that has run: here always."""
@@ -117,42 +137,65 @@ class Decoder:
     def run_layer(self, index: int, x: Tensor) -> None:
         """One layer alone for a text's first T tokens, x [T, D] in place; keys and values are overwritten."""
         assert self.kv_cache.length == 0
-        position = (*self._rotary.addresses(0), 0, len(x))
-        self._layer(index, x, _Buffers.of(self.config, len(x)), position, [-1] * len(x))
+        tokens = [-1] * len(x)
+        self._layer(index, x, self._step([Stretch(self.kv_cache, tokens)], tokens))
 
-    def _layer(
-        self, index: int, x: Tensor, buffers: "_Buffers", position: tuple[int, int, int, int],
-        token_ids: Sequence[int],
-    ) -> None:  # fmt: skip
+    def _step(self, batch: Sequence[Stretch], token_ids: list[int]) -> "_Step":
+        table = np.array([(s.kv_cache.address, s.kv_cache.length, len(s.tokens)) for s in batch], np.int64)
+        for stretch in batch:
+            room = stretch.kv_cache.context - stretch.kv_cache.length
+            assert stretch.kv_cache.context == self.kv_cache.context and len(stretch.tokens) <= room
+        buffers = self._one_token if len(token_ids) == 1 else _Buffers.of(self.config, len(token_ids))
+        together = len(batch) > 1 and len(token_ids) <= MOST_STEP_TOKENS
+        sequences = (*self._rotary.addresses(0), table.ctypes.data, len(batch))
+        return _Step(token_ids, sequences, buffers, together, table)
+
+    def _layer(self, index: int, x: Tensor, step: "_Step") -> None:
         """x [T, D] += attention, then += feed-forward."""
-        native, layer = self._layers[index], self._weights.layers[index]
+        native, layer, buffers = self._layers[index], self._weights.layers[index], step.buffers
         if native.router is None:
-            self.kernels.attend(native.attention, *position, x.data_ptr())
+            self.kernels.attend(native.attention, *step.sequences, x.data_ptr())
             self._mlp(layer, self._norm(x, layer.post_attention_norm), None, x)
             return
         self.kernels.attend_and_route(
-            native.attention, native.router, *position, x.data_ptr(), *buffers.addresses
+            native.attention, native.router, *step.sequences, len(x), x.data_ptr(), *buffers.addresses
         )
         if self.observer is not None:
             self.observer.routed(index, buffers.ids, buffers.weights, buffers.probabilities)
         self.expert_ffn.begin(buffers.h)
         if len(x) == 1:
-            ids, weights = buffers.ids[0].tolist(), buffers.weights[0].tolist()
-            batches = self.experts.fetch(index, ids, weights, buffers.scores[0], token_ids[0])
-            if self.prefetcher is not None:
-                self.prefetcher.routed(self.experts, index, x, ids, buffers.scores[0])
-            for batch in batches:
-                self.expert_ffn.add_to_one_token(batch)
-        else:  # grouped by expert, so that each is read at most once
-            ids, weights = buffers.ids.tolist(), buffers.weights.tolist()
-            self.experts.observe(index, ids, weights, buffers.scores, token_ids)
-            routing = Routing(buffers.ids)
-            for expert, addresses in self.experts.stream(index, serving_order(buffers.ids.numpy())):
-                self.expert_ffn.add(routing, expert, addresses)
+            self._experts_of_one_token(index, x, step)
+        else:
+            self._experts_of_many(index, step)
         self.expert_ffn.end(buffers.weights, x)
         if layer.shared_gate is not None:
             factor = torch.sigmoid(self._linear(buffers.h, Weight.of(layer.shared_gate)))
             self._mlp(layer, buffers.h, factor, x)
+
+    def _experts_of_one_token(self, index: int, x: Tensor, step: "_Step") -> None:
+        buffers = step.buffers
+        ids, weights = buffers.ids[0].tolist(), buffers.weights[0].tolist()
+        batches = self.experts.fetch(index, ids, weights, buffers.scores[0], step.token_ids[0])
+        if self.prefetcher is not None:
+            self.prefetcher.routed(self.experts, index, x, ids, buffers.scores[0])
+        for batch in batches:
+            self.expert_ffn.add_to_one_token(batch)
+
+    def _experts_of_many(self, index: int, step: "_Step") -> None:
+        """Grouped by expert, so that each is read at most once."""
+        buffers, routing = step.buffers, Routing(step.buffers.ids)
+        ids, weights = buffers.ids.tolist(), buffers.weights.tolist()
+        order = serving_order(buffers.ids.numpy())
+        if step.together and self.experts.can_keep(len(order)):
+            batches = self.experts.fetch_together(
+                index, order, ids, weights, buffers.scores, step.token_ids
+            )
+            for batch in batches:
+                self.expert_ffn.add(routing, [(order[place], addresses) for place, addresses in batch])
+            return
+        self.experts.observe(index, ids, weights, buffers.scores, step.token_ids)
+        for expert, addresses in self.experts.stream(index, order):
+            self.expert_ffn.add(routing, [(expert, addresses)])
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         y = torch.empty_like(x)
@@ -182,10 +225,10 @@ class _NativeLayer:
     """One layer's attention and router as the native library takes them; no router in one without experts."""
 
     def __init__(
-        self, config: ModelConfig, layer: LayerWeights, kv_cache: KVCache, index: int, exact: bool
+        self, config: ModelConfig, layer: LayerWeights, kv_offsets: tuple[int, int], index: int, exact: bool
     ) -> None:
         c = config
-        keys, values = kv_cache.tensors(index)
+        keys, values = kv_offsets
         self.attention = Attention(
             hidden=c.hidden_size,
             heads=c.num_attention_heads,
@@ -203,8 +246,8 @@ class _NativeLayer:
             k_norm=_address(layer.k_norm),
             o=layer.o.matrix,
             o_bias=_address(layer.o_bias),
-            keys=_address(keys),
-            values=_address(values),
+            keys=keys,
+            values=values,
         )
         self.router = native_router(config, layer)
 
@@ -236,6 +279,16 @@ class _Buffers(NamedTuple):
         weights = torch.empty(tokens, config.num_experts_per_tok)
         addresses = (h.data_ptr(), probabilities.data_ptr(), ids.data_ptr(), weights.data_ptr())
         return cls(h, probabilities, ids, weights, probabilities.numpy(), addresses)
+
+
+class _Step(NamedTuple):
+    """What one forward pass needs in every layer."""
+
+    token_ids: list[int]
+    sequences: tuple[int, int, int, int]  # addresses of cos, sin and the table of sequences, and how many
+    buffers: _Buffers
+    together: bool  # a step of several sequences, as far as the expert cache is concerned
+    table: NDArray[np.int64]  # the sequences' memory
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -8,17 +8,22 @@ from torch import Tensor
 from flashmoe.budget import PREFILL_CHUNK
 from flashmoe.decoder import Decoder
 from flashmoe.errors import ContextError, ModelError
+from flashmoe.kv_cache import shared_prefix
 
 if TYPE_CHECKING:
     from flashmoe.gpu_decoder import GpuDecoder
 
 
 class Engine:
-    """One sequence. `tokens` are the ids whose keys and values are in the KV cache."""
+    """One sequence, the decoder's own."""
 
     def __init__(self, decoder: "Decoder | GpuDecoder") -> None:
         self.decoder = decoder
-        self.tokens: list[int] = []
+
+    @property
+    def tokens(self) -> list[int]:
+        """The ids whose keys and values are in the KV cache."""
+        return self.decoder.kv_cache.tokens
 
     @property
     def context(self) -> int:
@@ -53,13 +58,8 @@ class Engine:
         """Keep what the KV cache shares with `prompt`, at most all but its last token; returns how many
         tokens. Raises what `check_prompt` raises."""
         self.check_prompt(prompt)
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(self.tokens, prompt, strict=False)) if a != b),
-            min(len(self.tokens), len(prompt)),
-        )
-        shared = min(shared, len(prompt) - 1)
+        shared = min(shared_prefix(self.tokens, list(prompt)), len(prompt) - 1)
         self.decoder.kv_cache.truncate(shared)
-        del self.tokens[shared:]
         return shared
 
     def prefill(self, new_tokens: Sequence[int], check: Callable[[], None] | None = None) -> Tensor:
@@ -70,22 +70,18 @@ class Engine:
         for begin in range(0, len(new_tokens), PREFILL_CHUNK):
             chunk = new_tokens[begin : begin + PREFILL_CHUNK]
             logits = self.decoder.forward(chunk, check=check)
-            self.tokens += chunk
         return logits
 
     def decode_one_token(self, token_id: int, check: Callable[[], None] | None = None) -> Tensor:
         """Run the token sampled last -> logits [V] of the next one. ContextError when the context is full."""
         if self.is_full:
             raise ContextError(f"the context of {self.context} tokens is full; start afresh with /reset")
-        logits = self.decoder.forward([token_id], check=check)
-        self.tokens.append(token_id)
-        return logits
+        return self.decoder.forward([token_id], check=check)
 
     def reset(self) -> None:
         """Forget the sequence; resident experts stay."""
         self.settle()
         self.decoder.kv_cache.truncate(0)
-        self.tokens.clear()
 
     def settle(self) -> None:
         """Have counters know of all that has run."""

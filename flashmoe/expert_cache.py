@@ -147,17 +147,25 @@ class ExpertCache:
         self._end_event()
         ordinal = self._ordinals[layer]
         missing, victims = self._residency.begin(ordinal, routed, weights, scores, token)
-        self.counters.hits += len(routed) - len(missing)
-        self.counters.misses += len(missing)
-        for key in victims:
-            self._drop(key)
-        self._file_arrivals()
-        lacking = [key for key in missing if not self._was_guessed(key)]
-        for key in lacking:
-            self._submit(key)
-        if self._guesses or self._staged:
-            self._drop_guesses(lambda key: key[0] == ordinal)
+        self._bring(ordinal, len(routed), missing, victims)
         return self._batches(ordinal, routed, self._event)
+
+    def can_keep(self, experts: int) -> bool:
+        """Whether one event may keep so many experts of a layer at once."""
+        return experts <= self._residency.geometry.capacity
+
+    def fetch_together(
+        self, layer: int, experts: Sequence[int], routed: Sequence[Sequence[int]],
+        weights: Sequence[Sequence[float]], scores: NDArray[np.float32], tokens: Sequence[int],
+    ) -> Iterator[list[tuple[int, Addresses]]]:  # fmt: skip
+        """One decode event of several sequences, as `fetch`: `experts`, each once, are those that the tokens
+        are routed to; places are theirs. The policy sees the tokens as in `observe`."""
+        self._end_event()
+        ordinal = self._ordinals[layer]
+        show_chunk(self.policy, ordinal, routed, weights, scores, tokens)
+        missing, victims = self._residency.begin_together(ordinal, experts)
+        self._bring(ordinal, len(experts), missing, victims)
+        return self._batches(ordinal, experts, self._event)
 
     def prefetch(self, guesses: Iterable[ExpertId], at_most: int) -> None:
         """Read experts ahead, in the order given, as far as they are not in memory and spare slots last.
@@ -178,6 +186,21 @@ class ExpertCache:
             )
             self.counters.prefetch_issued += 1
             at_most -= 1
+
+    def _bring(
+        self, ordinal: int, asked: int, missing: Sequence[ExpertId], victims: Sequence[ExpertId]
+    ) -> None:
+        """Make room and ask for what a decode event lacks."""
+        self.counters.hits += asked - len(missing)
+        self.counters.misses += len(missing)
+        for key in victims:
+            self._drop(key)
+        self._file_arrivals()
+        lacking = [key for key in missing if not self._was_guessed(key)]
+        for key in lacking:
+            self._submit(key)
+        if self._guesses or self._staged:
+            self._drop_guesses(lambda key: key[0] == ordinal)
 
     def _batches(
         self, layer: int, routed: Sequence[int], event: int

@@ -82,7 +82,14 @@ class GenerationRequest:
 
     @property
     def is_cancelled(self) -> bool:
-        return self._cancelled or (self._asked is not None and self._asked())
+        """Whether `cancel` was called, or `poll` found that it should be."""
+        return self._cancelled
+
+    def poll(self) -> bool:
+        """Ask whoever may want it cancelled -> whether it is."""
+        if not self._cancelled and self._asked is not None and self._asked():
+            self._cancelled = True
+        return self._cancelled
 
     @property
     def is_finished(self) -> bool:

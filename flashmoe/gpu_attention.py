@@ -24,10 +24,11 @@ MASKED = -3e4  # fp16 has no -1e30; a split that sees nothing then weighs exp(-3
 
 
 class GpuKVCache:
-    """Keys and values [context, G, d] of each layer; `length` tokens are valid. As `KVCache`, on a GPU."""
+    """Keys and values [context, G, d] of each layer; those of `tokens` are valid. As `KVCache`, on a GPU."""
 
     def __init__(self, config: ModelConfig, context: int, device: torch.device) -> None:
-        self.context, self.length = context, 0
+        self.context = context
+        self.tokens: list[int] = []
         padded = bucket_for(context, context)  # what a bucket's mask hides is read, and must be finite
         shape = (padded, config.num_key_value_heads, config.head_dim)
         layers = range(config.num_hidden_layers)
@@ -38,13 +39,17 @@ class GpuKVCache:
         """Keys and values of the whole context, valid or not."""
         return self._keys[layer], self._values[layer]
 
-    def advance(self, tokens: int) -> None:
-        """Make `tokens` more valid, once every layer has them."""
-        self.length += tokens
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    def append(self, tokens: list[int]) -> None:
+        """Make more tokens valid, once every layer has them."""
+        self.tokens += tokens
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
-        self.length = min(self.length, length)
+        del self.tokens[length:]
 
 
 def bucket_for(length: int, context: int) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cache_policies.replay import serving_order
 from flashmoe.budget import PREFILL_CHUNK
-from flashmoe.decoder import RoutingObserver
+from flashmoe.decoder import RoutingObserver, Stretch
 from flashmoe.errors import GpuError
 from flashmoe.gpu_attention import GpuKVCache, bucket_for
 from flashmoe.gpu_graphs import Graph, GraphPool, gpu_seconds
@@ -132,8 +132,16 @@ class GpuDecoder:
                 logits = self._chunk(token_ids, all_logits, check)
         for watcher in watchers:
             watcher.forward_ends()
-        self.kv_cache.advance(tokens)
+        self.kv_cache.append(list(token_ids))
         return logits
+
+    def forward_batch(
+        self, batch: Sequence[Stretch], check: Callable[[], None] | None = None
+    ) -> Tensor:
+        """New tokens of its one sequence -> logits [1, V]."""
+        ((kv_cache, tokens),) = batch
+        assert kv_cache is self.kv_cache, "on a GPU there is one sequence"
+        return self.forward(tokens, check=check)[None]
 
     def settle(self) -> None:
         """Tell the policies, and the counters, what they have not been told yet: a token's routing is

@@ -1,36 +1,238 @@
-"""Keys and values of the tokens so far, in fp32, allocated once for the whole context.
+"""Keys and values of conversations, in fp32, within one budget of tokens.
 
-Memory is touched only as tokens arrive, so a long context costs nothing until it is used. Layout
-[context, KV heads, head size] a layer: the strides, and so the bits of attention, do not depend on the
-context.
+A sequence's memory is reserved for the whole context and takes pages only as tokens arrive, so a long context
+costs nothing until it is used, and every sequence is contiguous: the strides, and so the bits of attention,
+depend neither on the context nor on who else is there. `KVPool` counts what is in use, in blocks of tokens.
 """
+
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from flashmoe.config import ModelConfig
+from storage import host
+
+BLOCK = 64  # tokens that are counted, and given back, together
+SHORTEST_SHARED = 8  # tokens; less of a beginning is not worth keeping or copying
 
 
-class KVCache:
-    """`length` tokens are valid; native code writes those behind them layer by layer, then `advance` is
-    called.
-    """
+class CachedTokens(Protocol):
+    """The keys and values of one sequence, wherever they are."""
 
-    def __init__(self, config: ModelConfig, context: int) -> None:
-        shape = (context, config.num_key_value_heads, config.head_dim)
-        self.context = context
-        self.length = 0
-        self._keys = [torch.empty(shape) for _ in range(config.num_hidden_layers)]
-        self._values = [torch.empty(shape) for _ in range(config.num_hidden_layers)]
+    context: int
+    tokens: list[int]
 
-    def tensors(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole context, [context, G, d] each, valid or not."""
-        return self._keys[layer], self._values[layer]
-
-    def advance(self, tokens: int) -> None:
-        """Make `tokens` more valid, once every layer has them."""
-        self.length += tokens
+    @property
+    def length(self) -> int: ...
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
-        self.length = min(self.length, length)
+
+
+class KVCache:
+    """One sequence. `tokens` are the ids whose keys and values are valid; native code writes those of new
+    ones behind them, layer by layer, then `append` is called. Layout [layers, 2, context, KV heads, d].
+    """
+
+    def __init__(self, config: ModelConfig, context: int) -> None:
+        self.context = context
+        self.tokens: list[int] = []
+        self._layers = config.num_hidden_layers
+        self._row_bytes = 4 * config.num_key_value_heads * config.head_dim
+        self._mapping = host.reserve(2 * self._layers * context * self._row_bytes)
+        shape = (self._layers, 2, context, config.num_key_value_heads, config.head_dim)
+        self._all = torch.frombuffer(self._mapping, dtype=torch.float32).view(shape)
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def address(self) -> int:
+        """Where its memory begins."""
+        return self._all.data_ptr()
+
+    def offsets(self, layer: int) -> tuple[int, int]:
+        """How far from there a layer's keys and values begin, in bytes: the same in every sequence."""
+        step = self.context * self._row_bytes
+        return 2 * layer * step, (2 * layer + 1) * step
+
+    def tensors(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the whole context, [context, G, d] each, valid or not."""
+        return self._all[layer, 0], self._all[layer, 1]
+
+    def append(self, tokens: list[int]) -> None:
+        """Make more tokens valid, once every layer has them."""
+        self.tokens += tokens
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        del self.tokens[length:]
+
+    def copy_from(self, other: "KVCache", tokens: int) -> None:
+        """Become the first `tokens` of another sequence of the same context."""
+        self._all[:, :, :tokens].copy_(other._all[:, :, :tokens])
+        self.tokens = other.tokens[:tokens]
+
+    def give_back(self, begin: int) -> None:
+        """Return the memory behind the first `begin` tokens."""
+        step = self.context * self._row_bytes
+        for part in range(2 * self._layers):
+            first = part * step + begin * self._row_bytes
+            host.give_back(self._mapping, first, (part + 1) * step - first)
+
+
+def shared_prefix(a: list[int], b: list[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    shortest = min(len(a), len(b))
+    if a[:shortest] == b[:shortest]:
+        return shortest
+    low, high = 0, shortest  # the first `low` are alike, the first `high` are not
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
+    return low
+
+
+class KVPool:
+    """The memory of all sequences: those that run, and those kept because a prompt may begin like them.
+
+    Sizes are in tokens, counted in blocks. Not thread-safe; the two sizes may be read from any thread.
+    """
+
+    def __init__(
+        self, config: ModelConfig, context: int, total_tokens: int,
+        on_drop: Callable[[KVCache], None] | None = None,
+    ) -> None:  # fmt: skip
+        """`total_tokens`: at least `context`. `on_drop` is given each kept sequence that must go."""
+        assert total_tokens >= context
+        self.config, self.context, self.total_tokens = config, context, total_tokens
+        self.used_tokens = 0
+        self.on_drop = on_drop
+        self._counted: dict[KVCache, int] = {}
+        self._kept: dict[KVCache, None] = {}  # the least recently used first
+        self._idle: list[KVCache] = []  # reserved memory without pages
+
+    @property
+    def kept(self) -> list[KVCache]:
+        """Sequences that nobody runs, the least recently used first."""
+        return list(self._kept)
+
+    def take(self, tokens: list[int]) -> KVCache:
+        """A sequence for a prompt, with what any other has of its beginning: at most all but the last token.
+
+        A kept one is taken over if it is wholly of use, or there is no room for a copy.
+        """
+        shared = {kv: min(shared_prefix(kv.tokens, tokens), len(tokens) - 1) for kv in self._counted}
+        best = max(shared, key=lambda kv: (shared[kv], kv in self._kept), default=None)
+        length = 0 if best is None else shared[best]
+        if best is None or length < SHORTEST_SHARED:
+            return self._new()
+        if best in self._kept:
+            copyable = length < best.length - BLOCK and self._room() >= _in_blocks(len(tokens))
+            if not copyable:
+                del self._kept[best]
+                self.truncate(best, length)
+                return best
+            self._kept[best] = self._kept.pop(best)  # used just now
+        copy = self._new()
+        if not self.grow(copy, length):
+            return copy
+        copy.copy_from(best, length)
+        return copy
+
+    def grow(self, kv: KVCache, length: int) -> bool:
+        """Make room for `length` tokens, dropping kept sequences; False if those that run leave none."""
+        wanted = _in_blocks(min(length, self.context)) - self._counted[kv]
+        while wanted > self._room() and self._kept:
+            self.drop_oldest()
+        if wanted > self._room():
+            return False
+        if wanted > 0:
+            self._counted[kv] += wanted
+            self.used_tokens += wanted
+        return True
+
+    def truncate(self, kv: KVCache, length: int) -> None:
+        """Forget all but the first tokens, and count and hold no more than they need."""
+        kv.truncate(length)
+        surplus = self._counted[kv] - _in_blocks(length)
+        if surplus > 0:
+            kv.give_back(_in_blocks(length))
+            self._counted[kv] -= surplus
+            self.used_tokens -= surplus
+
+    def keep(self, kv: KVCache) -> None:
+        """Nobody runs it any more; a prompt may begin like it."""
+        if kv.length < SHORTEST_SHARED:
+            self.release(kv)
+            return
+        self.truncate(kv, kv.length)
+        for other in [o for o in self._kept if shared_prefix(o.tokens, kv.tokens) == o.length]:
+            del self._kept[other]  # a beginning of it
+            self.release(other)
+        self._kept[kv] = None
+
+    def release(self, kv: KVCache) -> None:
+        """Give all of its memory back."""
+        self.truncate(kv, 0)
+        del self._counted[kv]
+        self._idle.append(kv)
+
+    def drop_oldest(self) -> None:
+        """Forget the kept sequence that was used least recently."""
+        kv = next(iter(self._kept))
+        if self.on_drop is not None:
+            self.on_drop(kv)
+        del self._kept[kv]
+        self.release(kv)
+
+    def forget(self) -> None:
+        """Forget all kept sequences."""
+        while self._kept:
+            self.drop_oldest()
+
+    def _new(self) -> KVCache:
+        kv = self._idle.pop() if self._idle else KVCache(self.config, self.context)
+        self._counted[kv] = 0
+        return kv
+
+    def _room(self) -> int:
+        return self.total_tokens - self.used_tokens
+
+
+class OneSequence:
+    """A pool of one sequence whose memory is somebody else's, such as a GPU's. As `KVPool`."""
+
+    def __init__(self, config: ModelConfig, kv_cache: CachedTokens) -> None:
+        self.config, self.context, self.total_tokens = config, kv_cache.context, kv_cache.context
+        self._kv_cache = kv_cache
+
+    @property
+    def used_tokens(self) -> int:
+        return self._kv_cache.length
+
+    def take(self, tokens: list[int]) -> CachedTokens:
+        """The sequence, with what it shares with a prompt."""
+        shared = min(shared_prefix(self._kv_cache.tokens, tokens), len(tokens) - 1)
+        self._kv_cache.truncate(shared)
+        return self._kv_cache
+
+    def grow(self, kv: CachedTokens, length: int) -> bool:
+        """Its memory is there already."""
+        return True
+
+    def keep(self, kv: CachedTokens) -> None:
+        """It stays as it is."""
+
+    def release(self, kv: CachedTokens) -> None:
+        kv.truncate(0)
+
+    def forget(self) -> None:
+        self._kv_cache.truncate(0)
+
+
+def _in_blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK) * BLOCK

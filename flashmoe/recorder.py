@@ -18,8 +18,13 @@ class Recorder:
     ) -> None:  # fmt: skip
         """`counters`: the cache's, now. `finish` adds what only the whole knows: policy, prefetch."""
         self._stats, self._counters, self._finish = stats, counters, finish
-        self._begin = self._step_begin = time.perf_counter()
+        self._submitted = self._begin = self._step_begin = time.perf_counter()
         self._start = self._step_start = counters().snapshot()
+
+    def starts(self) -> None:
+        """It waits no longer."""
+        self._begin = time.perf_counter()
+        self._start = self._counters().snapshot()
 
     def step_begins(self) -> None:
         self._step_begin = time.perf_counter()
@@ -31,7 +36,7 @@ class Recorder:
         spent = now - self._step_begin
         step = self._counters() - self._step_start
         if not s.token_ids:
-            s.prefill_s = s.time_to_first_token_s = now - self._begin
+            s.prefill_s, s.time_to_first_token_s = now - self._begin, now - self._submitted
         else:
             s.decode_steps += 1
             s.decode_s += spent

@@ -1,15 +1,27 @@
-"""Which requests run, and in what order: a bounded queue in front of one engine.
+"""Which requests run, and in what order: continuous batching over one decoder.
 
-`submit` and `cancel` may come from any thread; `step` computes, in whichever thread calls it, one at a time.
+Every step computes one token of each request that decodes, all in one forward pass, so that they share each
+layer's reads and weights. Prompts run in chunks: several in one pass while nobody decodes, otherwise
+in the time in which the others wait for the drive (flashmoe/background_prefill.py). A token's bits do not
+depend on who runs beside it, so neither do answers. `submit` and `cancel` may come from any thread; `step`
+computes, in whichever thread calls it, one at a time.
 """
 
+import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from flashmoe.engine import Engine
-from flashmoe.errors import FlashMoEError, QueueFullError
+from torch import Tensor
+
+from flashmoe.budget import PREFILL_CHUNK
+from flashmoe.decoder import MOST_STEP_TOKENS, Stretch
+from flashmoe.errors import ContextError, FlashMoEError, ModelError, QueueFullError
 from flashmoe.generation import Constraint, GenerationRequest, Piece
+from flashmoe.kv_cache import KVPool, OneSequence, shared_prefix
 from flashmoe.recorder import Recorder
 from flashmoe.sampler import SamplingParams
 from flashmoe.stats import GenerationStats
@@ -17,22 +29,76 @@ from flashmoe.tokenizer import Tokenizer
 from storage.storage_errors import StorageError
 
 DEFAULT_QUEUE = 256
+# A prompt waits for another one that begins alike and is being computed, if that saves so many tokens.
+WORTH_WAITING = 32
+# A prompt of few tokens, such as the next message of a chat, runs among the tokens that decode.
+SHORT_PROMPT = 16
+RETRY_AFTER_S = 2.0
+
+logger = logging.getLogger(__name__)
+
+
+class BatchDecoder(Protocol):
+    """What computes: flashmoe/decoder.py."""
+
+    def forward_batch(
+        self, batch: Sequence[Stretch], check: Callable[[], None] | None = None
+    ) -> Tensor:
+        """New tokens of B sequences -> logits [B, V]."""
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a scheduler has done so far."""
+
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preempted: int = 0  # requests that gave their KV cache up for others, and ran again
+
+
+class _AllCancelled(Exception):
+    """Nobody wants what a step computes."""
+
+
+@dataclass(eq=False, slots=True)
+class _Running:
+    request: GenerationRequest
+    recorder: Recorder
+    kv_cache: Any  # what the pool gave
+
+    @property
+    def pending(self) -> list[int]:
+        """Tokens that are not in the KV cache yet."""
+        return self.request.tokens[self.kv_cache.length :]
+
+    @property
+    def is_decoding(self) -> bool:
+        missing: int = len(self.request.tokens) - self.kv_cache.length
+        return missing == 1 and self.request.generated > 0
 
 
 class Scheduler:
-    """Runs generation requests."""
+    """Runs generation requests, at most `most_running` together."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, recorder: Callable[[GenerationStats], Recorder],
+        self, decoder: BatchDecoder, kv_pool: KVPool | OneSequence, tokenizer: Tokenizer,
+        recorder: Callable[[GenerationStats], Recorder], most_running: int,
         most_waiting: int = DEFAULT_QUEUE,
     ) -> None:  # fmt: skip
-        self.engine, self.tokenizer, self.most_waiting = engine, tokenizer, most_waiting
+        self.decoder, self.kv_pool, self.tokenizer = decoder, kv_pool, tokenizer
+        self.most_running, self.most_waiting = most_running, most_waiting
         self.after_step: Callable[[], None] | None = None  # called in the computing thread
+        self.totals = Totals()
+        self.step_began_s = 0.0  # perf_counter, of the last step
         self._recorder = recorder
-        self._lock, self._work = threading.Lock(), threading.Condition()
-        self._waiting: deque[GenerationRequest] = deque()
-        self._running: list[GenerationRequest] = []
-        self._recorders: dict[GenerationRequest, Recorder] = {}
+        self._lock = threading.RLock()  # of whoever computes
+        self._work = threading.Condition()  # guards what is waiting; notified when there is more, or a step
+        self._waiting: deque[_Waiting] = deque()
+        self._running: list[_Running] = []
         self._submitted = 0
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -45,6 +111,28 @@ class Scheduler:
     def waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def has_thread(self) -> bool:
+        """Whether a thread of its own computes."""
+        return self._thread is not None
+
+    def check_prompt(self, prompt: Sequence[int]) -> None:
+        """Raises ContextError for an empty prompt or one longer than the context, ModelError for an id that
+        the model does not know."""
+        vocab_size, context = self.kv_pool.config.vocab_size, self.kv_pool.context
+        if not prompt:
+            raise ContextError("the prompt has no tokens; give at least one word")
+        if max(prompt) >= vocab_size:
+            raise ModelError(
+                f"the tokenizer made id {max(prompt)}; the model knows {vocab_size}:"
+                " they do not belong together"
+            )
+        if len(prompt) > context:
+            raise ContextError(
+                f"the prompt has {len(prompt)} tokens, the context holds {context};"
+                " shorten it, start afresh with /reset, or give a larger --context"
+            )
+
     def submit(
         self, prompt: Sequence[int], params: SamplingParams, sink: Callable[[Piece], None],
         stats: GenerationStats | None = None, constraint: Constraint | None = None,
@@ -52,29 +140,58 @@ class Scheduler:
     ) -> GenerationRequest:  # fmt: skip
         """Queue a generation behind token ids.
 
-        Raises ContextError for a prompt that is empty or too long, ModelError for an id that the model does
-        not know, QueueFullError when too many wait already.
+        Raises what `check_prompt` raises, and QueueFullError when too many wait already.
         """
-        self.engine.check_prompt(prompt)
+        self.check_prompt(prompt)
         with self._work:
+            if self._stopping:
+                raise QueueFullError("no new requests: it is shutting down", RETRY_AFTER_S)
             if len(self._waiting) >= self.most_waiting:
                 raise QueueFullError(
-                    f"{len(self._waiting)} requests wait already; try again later", retry_after_s=5.0
+                    f"{len(self._waiting)} requests wait already, which is the limit; try again later",
+                    RETRY_AFTER_S,
                 )
             self._submitted += 1
             request = GenerationRequest(
-                self._submitted, prompt, params, self.tokenizer, self.engine.vocab_size, self.engine.context,
-                sink, stats or GenerationStats(), constraint, cancelled,
+                self._submitted, prompt, params, self.tokenizer, self.kv_pool.config.vocab_size,
+                self.kv_pool.context, sink, GenerationStats() if stats is None else stats, constraint,
+                cancelled,
             )  # fmt: skip
-            self._recorders[request] = self._recorder(request.stats)
-            self._waiting.append(request)
+            self._waiting.append(_Waiting(request, self._recorder(request.stats)))
             self._work.notify_all()
         return request
+
+    def advance(self) -> None:
+        """Have something computed: by the thread that does so, if there is one, or else here."""
+        if not self.has_thread:
+            self.step()
+            return
+        with self._work:
+            self._work.wait(timeout=0.1)
 
     def step(self) -> bool:
         """Compute once for those that run; False if there was nothing to do."""
         with self._lock:
-            return self._step()
+            if not self._running and not self._waiting:
+                return False
+            self.step_began_s = time.perf_counter()
+            try:
+                self._end_cancelled()
+                self._admit()
+                self._compute()
+            finally:
+                if self.after_step is not None:
+                    self.after_step()
+                with self._work:
+                    self._work.notify_all()
+            return True
+
+    def retire(self, request: GenerationRequest) -> None:
+        """Cancel a request and, unless a thread computes, see to it at once."""
+        request.cancel()
+        if not self.has_thread:
+            with self._lock:
+                self._end_cancelled()
 
     def start(self) -> None:
         """Compute in a thread of its own from now on."""
@@ -84,38 +201,184 @@ class Scheduler:
         self._thread.start()
 
     def stop(self, drain_s: float = 0.0) -> None:
-        """End the thread, giving what runs and waits so many seconds to finish; the rest is cancelled."""
+        """Take no more requests and end the thread, giving what runs and waits so many seconds to finish; the
+        rest is cancelled."""
+        deadline = time.monotonic() + drain_s
+        with self._work:
+            self._stopping = True
+            self._work.notify_all()
+            while self._thread is not None and (self._running or self._waiting):
+                if not self._work.wait(timeout=max(0.0, deadline - time.monotonic())):
+                    break
+        thread, self._thread = self._thread, None
+        self._cancel_all()
+        if thread is not None:
+            with self._work:
+                self._work.notify_all()
+            thread.join()
+        with self._lock:
+            self._end_cancelled()
 
     def _run(self) -> None:
-        while not self._stopping:
-            with self._work:
-                while not self._waiting and not self._running and not self._stopping:
-                    self._work.wait()
-            self.step()
+        while self._thread is threading.current_thread():
+            try:
+                if not self.step():
+                    with self._work:
+                        if self._thread is threading.current_thread() and not self._waiting:
+                            self._work.wait(timeout=1.0)
+            except Exception as error:  # a bug of ours: those who ran get to know, the others go on
+                logger.exception("a step failed")
+                with self._lock:
+                    for running in list(self._running):
+                        self._end(running, "error", error)
 
-    def _step(self) -> bool:
-        if not self._running:
-            if not self._waiting:
-                return False
-            self._running.append(self._waiting.popleft())
-        request = self._running[0]
-        recorder = self._recorders[request]
+    def _cancel_all(self) -> None:
+        with self._work:
+            for request in [w.request for w in self._waiting] + [r.request for r in self._running]:
+                request.cancel()
+
+    def _end_cancelled(self) -> None:
+        for running in [r for r in self._running if r.request.is_cancelled]:
+            self._end(running, "cancelled")
+        with self._work:
+            gone = [w for w in self._waiting if w.request.is_cancelled]
+            self._waiting = deque(w for w in self._waiting if not w.request.is_cancelled)
+        for waiting in gone:
+            self.totals.cancelled += 1
+            waiting.request.end("cancelled")
+            waiting.recorder.finish()
+
+    def _admit(self) -> None:
+        """Let those that wait begin, in their order, as far as there is room."""
+        while self._waiting and len(self._running) < self.most_running:
+            waiting = self._waiting[0]
+            tokens = waiting.request.tokens
+            if self._is_worth_waiting(tokens):
+                return
+            kv_cache: Any = self.kv_pool.take(tokens)
+            if not self.kv_pool.grow(kv_cache, len(tokens) + 1):
+                self.kv_pool.keep(kv_cache)
+                assert self._running, "one request always has room"
+                return
+            with self._work:
+                self._waiting.popleft()
+            request = waiting.request
+            if not request.generated:
+                request.stats.cached_tokens = kv_cache.length
+                request.stats.prefill_tokens = len(tokens) - kv_cache.length
+                self.totals.prompt_tokens += len(tokens)
+                self.totals.cached_tokens += kv_cache.length
+                waiting.recorder.starts()
+            self._running.append(_Running(request, waiting.recorder, kv_cache))
+
+    def _is_worth_waiting(self, tokens: list[int]) -> bool:
+        """Whether a prompt that is being computed begins alike, further than anybody has got yet."""
+        for running in self._running:
+            if not running.is_decoding:
+                shared = shared_prefix(running.request.tokens, tokens)
+                if min(shared, len(tokens) - 1) >= running.kv_cache.length + WORTH_WAITING:
+                    return True
+        return False
+
+    def _compute(self) -> None:
+        self._make_room()
+        decoding = [r for r in self._running if r.is_decoding]
+        prefilling = [r for r in self._running if not r.is_decoding]
+        if decoding:
+            together = decoding + self._short_prompts(prefilling, MOST_STEP_TOKENS - len(decoding))
+            self._forward([(r, r.pending) for r in together])
+        elif prefilling:
+            self._forward(_first_tokens(prefilling, PREFILL_CHUNK))
+
+    def _short_prompts(self, prefilling: list[_Running], room: int) -> list[_Running]:
+        chosen = []
+        for running in prefilling:
+            tokens = len(running.pending)
+            if tokens <= min(SHORT_PROMPT, room):
+                room -= tokens
+                chosen.append(running)
+        return chosen
+
+    def _make_room(self) -> None:
+        """Room for a token more of each that decodes; the youngest gives way if there is none."""
+        for running in list(self._running):
+            while running in self._running and not self.kv_pool.grow(
+                running.kv_cache, len(running.request.tokens)
+            ):
+                self._preempt(self._running[-1])
+
+    def _preempt(self, running: _Running) -> None:
+        """It begins again later: its tokens stay, their keys and values go."""
+        self._running.remove(running)
+        self.kv_pool.release(running.kv_cache)
+        self.totals.preempted += 1
+        with self._work:
+            self._waiting.appendleft(_Waiting(running.request, running.recorder))
+
+    def _forward(self, work: list[tuple[_Running, list[int]]]) -> None:
+        """Run the next tokens of some; whose are then all in the KV cache get a token more."""
+
+        def check() -> None:
+            if all([running.request.poll() for running, _ in work]):
+                raise _AllCancelled
+
+        for running, _ in work:
+            running.recorder.step_begins()
         try:
-            if request.is_cancelled:
-                request.end("cancelled")
-            else:
-                recorder.step_begins()
-                cached = self.engine.reuse(request.tokens)
-                if not request.generated:
-                    request.stats.cached_tokens = cached
-                    request.stats.prefill_tokens = len(request.tokens) - cached
-                logits = self.engine.prefill(request.tokens[cached:])
-                request.take(logits, recorder.token)
+            batch = [Stretch(running.kv_cache, tokens) for running, tokens in work]
+            logits = self.decoder.forward_batch(batch, check)
+        except _AllCancelled:
+            self._end_cancelled()
+            return
         except (FlashMoEError, StorageError) as error:
-            request.end("error", error)
+            for running, _ in work:
+                self._end(running, "error", error)
+            return
+        for (running, _), row in zip(work, logits, strict=True):
+            if running.kv_cache.length == len(running.request.tokens):
+                self._take(running, row)
+
+    def _take(self, running: _Running, logits: Tensor) -> None:
+        request = running.request
+        if request.is_cancelled:
+            return
+        try:
+            request.take(logits, running.recorder.token)
+        except FlashMoEError as error:
+            self._end(running, "error", error)
+            return
+        self.totals.generated_tokens += 1
         if request.is_finished:
-            self._recorders.pop(request).finish()
-            self._running.clear()
-        if self.after_step is not None:
-            self.after_step()
-        return True
+            self._leave(running)
+            self.totals.finished += 1
+
+    def _end(self, running: _Running, reason: str, error: Exception | None = None) -> None:
+        self._leave(running, lambda: running.request.end(reason, error))
+        if error is None:
+            self.totals.cancelled += 1
+        else:
+            self.totals.failed += 1
+
+    def _leave(self, running: _Running, before_figures: Callable[[], None] | None = None) -> None:
+        self._running.remove(running)
+        self.kv_pool.keep(running.kv_cache)
+        if before_figures is not None:
+            before_figures()
+        running.recorder.finish()
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    request: GenerationRequest
+    recorder: Recorder
+
+
+def _first_tokens(prefilling: list[_Running], most: int) -> list[tuple[_Running, list[int]]]:
+    """The next tokens of prompts, in their order, `most` in all."""
+    work = []
+    for running in prefilling:
+        tokens = running.pending[:most]
+        if tokens:
+            work.append((running, tokens))
+            most -= len(tokens)
+    return work

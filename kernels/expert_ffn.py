@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.native import Context, Experts
@@ -37,14 +38,14 @@ class Routing:
         """The routed experts, each once, the one whose last token came earliest first."""
         return sorted(self._index, key=lambda expert: (self._last_token[self._index[expert]], expert))
 
-    @property
-    def rows(self) -> int:
-        """The address of int32 [T * K]."""
-        return self._rows.ctypes.data
-
-    def row_begin(self, expert: int) -> int:
-        """The address of two int32: where this expert's rows begin and end in `rows`."""
-        return self._begin.ctypes.data + 4 * self._index[expert]
+    def rows_of(self, experts: Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """(begin [n + 1], rows): the rows that each of n experts serves, one expert's behind the other's."""
+        bounds = [(self._begin[i], self._begin[i + 1]) for i in map(self._index.__getitem__, experts)]
+        begin = np.zeros(len(bounds) + 1, np.int32)
+        np.cumsum([end - first for first, end in bounds], out=begin[1:])
+        if len(bounds) == 1:
+            return begin, self._rows[bounds[0][0] : bounds[0][1]]
+        return begin, np.concatenate([self._rows[first:end] for first, end in bounds])
 
 
 class ExpertFFN:
@@ -78,15 +79,12 @@ class ExpertFFN:
         table, row_begin, rows = self._addresses
         self._context.moe_experts(table, len(experts), row_begin, rows, self.products.data_ptr())
 
-    def add(self, routing: Routing, expert: int, addresses: Addresses) -> None:
-        """Compute one expert for all its tokens."""
-        self._table[:3] = list(addresses)
+    def add(self, routing: Routing, experts: Sequence[tuple[int, Addresses]]) -> None:
+        """Compute experts, each for all its tokens."""
+        row_begin, rows = routing.rows_of([expert for expert, _ in experts])
+        table = np.array([addresses for _, addresses in experts], np.uint64)
         self._context.moe_experts(
-            self._addresses[0],
-            1,
-            routing.row_begin(expert),
-            routing.rows,
-            self.products.data_ptr(),
+            table.ctypes.data, len(experts), row_begin.ctypes.data, rows.ctypes.data, self.products.data_ptr()
         )
 
     def end(self, weights: Tensor, y: Tensor) -> None:

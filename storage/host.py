@@ -252,6 +252,26 @@ def allocate_aligned(nbytes: int) -> mmap.mmap:
     return mapping
 
 
+def reserve(nbytes: int) -> mmap.mmap:
+    """Private memory that takes pages as it is touched, and no huge ones: much of it may never be."""
+    if sys.platform == "win32":
+        return mmap.mmap(-1, nbytes)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    mapping = mmap.mmap(-1, nbytes, flags=flags)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            mapping.madvise(mmap.MADV_NOHUGEPAGE)
+    return mapping
+
+
+def give_back(mapping: mmap.mmap, begin: int, nbytes: int) -> None:
+    """Return the whole pages of a stretch of `reserve`d memory to the system; they read as zeros then."""
+    first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (begin + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
 def populate(address: int, nbytes: int) -> bool:
     """Have the system give page-aligned memory its pages now, from several threads, outside the GIL; False
     where it has no call for that. Raises OSError."""

@@ -57,9 +57,9 @@ class Layer:
         tokens, end = len(q), self.length + len(q)
         x = torch.cat([t.reshape(tokens, -1) for t in (q, k, v)], dim=1)
         before = x.clone()
-        cos, sin = self.cos[self.length : end].contiguous(), self.sin[self.length : end].contiguous()
+        sequence = torch.tensor([0, self.length, tokens])
         self.kernels.attend(
-            self.native, cos.data_ptr(), sin.data_ptr(), self.length, tokens, x.data_ptr()
+            self.native, self.cos.data_ptr(), self.sin.data_ptr(), sequence.data_ptr(), 1, x.data_ptr()
         )
         self.length = end
         return (x - before)[:, : self.width]

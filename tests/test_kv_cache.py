@@ -1,11 +1,14 @@
-"""The memory of keys and values: what is valid, what is forgotten, and what it costs."""
+"""The memory of keys and values: what is valid, what is forgotten, who shares a beginning, what is counted."""
 
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flashmoe.config import ModelConfig, parse_model_config
-from flashmoe.kv_cache import KVCache
+from flashmoe.kv_cache import BLOCK, KVCache, KVPool, shared_prefix
 
 LAYERS, GROUPS, HEAD = 3, 2, 4
+CONTEXT = 4 * BLOCK
 
 
 def config() -> ModelConfig:
@@ -16,26 +19,176 @@ def config() -> ModelConfig:
     ))  # fmt: skip
 
 
+def fill(kv: KVCache, tokens: list[int]) -> None:
+    """As a decoder would: rows that tell token and place."""
+    for layer in range(LAYERS):
+        for place, token in enumerate(tokens, kv.length):
+            keys, values = kv.tensors(layer)
+            keys[place], values[place] = 100 * layer + token, 1000 * layer + token + place
+    kv.append(tokens)
+
+
+def holds(kv: KVCache, tokens: list[int]) -> bool:
+    if kv.tokens != tokens:
+        return False
+    for layer in range(LAYERS):
+        keys, values = kv.tensors(layer)
+        for place, token in enumerate(tokens):
+            if not (keys[place] == 100 * layer + token).all():
+                return False
+            if not (values[place] == 1000 * layer + token + place).all():
+                return False
+    return True
+
+
 def test_truncating_forgets_the_end_and_never_makes_longer() -> None:
     kv_cache = KVCache(config(), context=10)
-    kv_cache.advance(6)
+    kv_cache.append([1, 2, 3, 4, 5, 6])
     kv_cache.truncate(8)
     assert kv_cache.length == 6
     kv_cache.truncate(2)
-    assert kv_cache.length == 2
+    assert kv_cache.tokens == [1, 2]
     kv_cache.truncate(0)
     assert kv_cache.length == 0
 
 
-def test_layers_do_not_share_memory_and_have_the_layout_that_native_code_expects() -> None:
+def test_layers_do_not_share_memory_and_lie_where_native_code_expects_them() -> None:
     kv_cache = KVCache(config(), context=5)
-    tensors = [t for layer in range(LAYERS) for t in kv_cache.tensors(layer)]
-    assert len({t.untyped_storage().data_ptr() for t in tensors}) == 2 * LAYERS
-    assert all(t.shape == (5, GROUPS, HEAD) and t.is_contiguous() for t in tensors)
-    assert all(t.dtype == torch.float32 for t in tensors)
+    size = 5 * GROUPS * HEAD * 4
+    begins = []
+    for layer in range(LAYERS):
+        for tensor, offset in zip(kv_cache.tensors(layer), kv_cache.offsets(layer), strict=True):
+            assert tensor.shape == (5, GROUPS, HEAD) and tensor.is_contiguous()
+            assert tensor.dtype == torch.float32
+            assert tensor.data_ptr() == kv_cache.address + offset
+            begins.append(offset)
+    assert begins == list(range(0, 2 * LAYERS * size, size))
 
 
 def test_its_memory_is_what_the_budget_counts() -> None:
     kv_cache = KVCache(config(), context=12)
-    held = sum(t.untyped_storage().nbytes() for t in (*kv_cache._keys, *kv_cache._values))
-    assert held == 12 * config().kv_bytes_per_token
+    assert kv_cache._all.nbytes == 12 * config().kv_bytes_per_token
+
+
+def test_what_is_given_back_is_gone_and_what_is_not_stays() -> None:
+    """Rows of a page, so that pages and blocks agree."""
+    big = parse_model_config(dict(
+        model_type="qwen3_moe", vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=16,
+        num_key_value_heads=16, head_dim=64, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=4,
+    ))  # fmt: skip
+    kv_cache = KVCache(big, context=16)
+    kv_cache._all.fill_(7)
+    kv_cache.give_back(4)
+    for layer in range(2):
+        for tensor in kv_cache.tensors(layer):
+            assert (tensor[:4] == 7).all() and (tensor[4:] == 0).all()
+
+
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
+def test_the_shared_prefix_is_the_longest_one(a: list[int], b: list[int]) -> None:
+    length = shared_prefix(a, b)
+    assert a[:length] == b[:length]
+    assert length == min(len(a), len(b)) or a[length] != b[length]
+
+
+def pool(total: int = 8 * BLOCK) -> KVPool:
+    return KVPool(config(), CONTEXT, total)
+
+
+def kept(pool: KVPool, tokens: list[int]) -> KVCache:
+    kv = pool.take(tokens)
+    assert pool.grow(kv, len(tokens))
+    fill(kv, tokens[kv.length :])
+    pool.keep(kv)
+    return kv
+
+
+def test_the_next_turn_of_a_conversation_takes_its_sequence_over() -> None:
+    memory = pool()
+    first = kept(memory, [1, 2] * 20)
+    again = memory.take([1, 2] * 20 + [3, 4])
+    assert again is first and again.length == 40 and not memory.kept
+
+
+def test_a_prompt_that_is_wholly_known_still_runs_its_last_token() -> None:
+    memory = pool()
+    kept(memory, [1, 2] * 20)
+    assert memory.take([1, 2] * 20).length == 39
+
+
+def test_a_shared_beginning_is_copied_if_the_rest_is_worth_keeping() -> None:
+    memory = pool()
+    system = [5] * BLOCK
+    first = kept(memory, system + [1] * 2 * BLOCK)
+    second = memory.take(system + [2] * 5)
+    assert second is not first and holds(second, system)
+    assert memory.kept == [first] and holds(first, system + [1] * 2 * BLOCK)
+
+
+def test_a_running_sequence_lends_its_beginning_too() -> None:
+    memory = pool()
+    running = memory.take([5] * 40)
+    assert memory.grow(running, 41)
+    fill(running, [5] * 30)
+    other = memory.take([5] * 40)
+    assert other is not running and holds(other, [5] * 30)
+
+
+def test_room_is_made_of_kept_sequences_the_least_recently_used_first() -> None:
+    gone: list[list[int]] = []
+    memory = KVPool(config(), CONTEXT, 4 * BLOCK, on_drop=lambda kv: gone.append(list(kv.tokens)))
+    for first in range(4):
+        kept(memory, [first] * BLOCK)
+    memory.keep(memory.take([0] * BLOCK + [7]))  # used again
+    running = memory.take([8] * 2 * BLOCK)
+    assert memory.grow(running, 2 * BLOCK)
+    assert [tokens[0] for tokens in gone] == [1, 2]
+    assert memory.used_tokens == 4 * BLOCK
+
+
+def test_there_is_no_room_when_those_that_run_have_it_all() -> None:
+    memory = pool(CONTEXT)
+    first, second = memory.take([1] * 9), memory.take([2] * 9)
+    assert memory.grow(first, CONTEXT - BLOCK) and memory.grow(second, BLOCK)
+    assert not memory.grow(second, BLOCK + 1)
+    memory.release(first)
+    assert memory.grow(second, CONTEXT) and memory.used_tokens == CONTEXT
+
+
+def test_a_sequence_that_is_the_beginning_of_another_is_not_kept_twice() -> None:
+    memory = pool()
+    first = memory.take([1] * 20)
+    assert memory.grow(first, 20)
+    fill(first, [1] * 20)
+    longer = memory.take([1] * 30)
+    assert memory.grow(longer, 30)
+    fill(longer, [1] * (30 - longer.length))
+    memory.keep(first)
+    memory.keep(longer)
+    assert memory.kept == [longer]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_happens_rows_are_those_of_their_tokens_and_the_count_is_right(data: st.DataObject) -> None:
+    memory = pool(6 * BLOCK)
+    running: list[tuple[KVCache, list[int]]] = []
+    for _ in range(data.draw(st.integers(1, 12))):
+        if running and data.draw(st.booleans()):
+            kv, tokens = running.pop(data.draw(st.integers(0, len(running) - 1)))
+            assert holds(kv, tokens)
+            memory.keep(kv) if data.draw(st.booleans()) else memory.release(kv)
+        else:
+            tokens = [data.draw(st.integers(0, 1))] * data.draw(st.integers(1, BLOCK))
+            tokens += [data.draw(st.integers(0, 2))] * data.draw(st.integers(1, 2 * BLOCK))
+            kv = memory.take(tokens)
+            if memory.grow(kv, len(tokens)):
+                fill(kv, tokens[kv.length :])
+                running.append((kv, tokens))
+            else:
+                memory.release(kv)
+        assert all(holds(kv, tokens) for kv, tokens in running)
+        assert all(kv.length == len(kv.tokens) and holds(kv, list(kv.tokens)) for kv in memory.kept)
+        assert memory.used_tokens == sum(memory._counted.values()) <= memory.total_tokens
+        for kv, counted in memory._counted.items():
+            assert kv.length <= counted

@@ -342,7 +342,8 @@ def test_attention_has_projections_biases_norms_and_clipping(qk_norm: int) -> No
     k_norm = random(generator, keys if qk_norm == 2 else d)
     kv = random(generator, 2, position + 1, groups, d)
     want_kv = kv.double()
-    cos, sin = torch.ones(d), torch.zeros(d)
+    cos, sin = torch.ones(position + 1, d), torch.zeros(position + 1, d)
+    sequence = torch.tensor([0, position, 1])
     spec = Attention(
         hidden, heads, groups, d, qk_norm, 0, False, eps, clip, input_norm.data_ptr(), qkv.matrix,
         qkv_bias.data_ptr(), q_norm.data_ptr(), k_norm.data_ptr(), o.matrix, o_bias.data_ptr(),
@@ -350,7 +351,7 @@ def test_attention_has_projections_biases_norms_and_clipping(qk_norm: int) -> No
     )  # fmt: skip
     y = x.clone()
     context(2, native.available_isas()[0]).attend(
-        spec, cos.data_ptr(), sin.data_ptr(), position, 1, y.data_ptr()
+        spec, cos.data_ptr(), sin.data_ptr(), sequence.data_ptr(), 1, y.data_ptr()
     )
 
     def norm(values: Tensor, weight: Tensor) -> Tensor:

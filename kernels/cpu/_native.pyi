@@ -53,14 +53,14 @@ class Context:
         rows: int, products: int, weights: int, y: int,
     ) -> None: ...  # fmt: skip
     def attend(
-        self, attention: Attention, cos: int, sin: int, position: int, tokens: int, x: int
+        self, attention: Attention, cos: int, sin: int, sequences: int, n: int, x: int
     ) -> None: ...
     def route(
         self, router: Router, x: int, tokens: int, h: int, probabilities: int, ids: int, weights: int
     ) -> None: ...
     def attend_and_route(
-        self, attention: Attention, router: Router, cos: int, sin: int, position: int, tokens: int, x: int,
-        h: int, probabilities: int, ids: int, weights: int,
+        self, attention: Attention, router: Router, cos: int, sin: int, sequences: int, n: int, tokens: int,
+        x: int, h: int, probabilities: int, ids: int, weights: int,
     ) -> None: ...  # fmt: skip
     def rms_norm(self, x: int, weight: int, tokens: int, hidden: int, eps: float, h: int) -> None: ...
     def pack_matrix(

@@ -47,10 +47,15 @@ void prepare_heads(const Isa& isa, const fm_attention& a, float* x, int64_t head
   }
 }
 
+// Keys or values of one sequence.
+float* within(const fm_sequence& sequence, const float* offset) {
+  return reinterpret_cast<float*>(uintptr_t(sequence.memory) + reinterpret_cast<uintptr_t>(offset));
+}
+
 // `count` queries of one head, the first at `position`, against the keys and values that each of them sees.
 // q, y: the first query's head; token_step floats from token to token. scores: count x (seen by any of them).
-void attend_block(const Isa& isa, const fm_attention& a, int64_t head, int64_t position, int count, const float* q,
-                  int64_t q_step, float* scores, float* y, int64_t y_step) {
+void attend_block(const Isa& isa, const fm_attention& a, const fm_sequence& of, int64_t head, int64_t position,
+                  int count, const float* q, int64_t q_step, float* scores, float* y, int64_t y_step) {
   const int64_t d = a.head_dim, row = int64_t(a.kv_heads) * d, kv = head / (a.heads / a.kv_heads) * d;
   const auto first_seen = [&](int m) { return a.window > 0 ? std::max<int64_t>(0, position + m + 1 - a.window) : 0; };
   const int64_t begin = first_seen(0), seen = position + count - begin, padded = round_up(d, 16);
@@ -59,7 +64,7 @@ void attend_block(const Isa& isa, const fm_attention& a, int64_t head, int64_t p
   std::vector<float> queries(size_t(count * padded));
   for (int m = 0; m < count; m++)
     for (int64_t i = 0; i < d; i++) queries[size_t(m * padded + i)] = q[m * q_step + i] * scale;
-  const auto* keys = reinterpret_cast<const uint8_t*>(a.keys + begin * row + kv);
+  const auto* keys = reinterpret_cast<const uint8_t*>(within(of, a.keys) + begin * row + kv);
   const int64_t row_bytes = row * int64_t(sizeof(float));
   int64_t s = 0;
   for (; s + isa.rows <= seen; s += isa.rows)
@@ -75,7 +80,7 @@ void attend_block(const Isa& isa, const fm_attention& a, int64_t head, int64_t p
     std::fill(of_query + to, of_query + seen, 0.f);
     total[m] = isa.exp_shifted(of_query + from, to - from);
   }
-  isa.mix_rows[count](scores, seen, a.values + begin * row + kv, row, seen, d, y, y_step);
+  isa.mix_rows[count](scores, seen, within(of, a.values) + begin * row + kv, row, seen, d, y, y_step);
   for (int m = 0; m < count; m++)
     for (int64_t i = 0; i < d; i++) y[m * y_step + i] /= total[m];
 }
@@ -89,10 +94,24 @@ void fm_rms_norm(fm_context* c, const float* x, const float* weight, int64_t tok
                [&](int64_t t) { rms_norm(c->isa, x + t * hidden, weight, hidden, eps, h + t * hidden); });
 }
 
-void fm_attend(fm_context* c, const fm_attention* a, const float* cos, const float* sin, int64_t position,
-               int64_t tokens, float* x) {
+void fm_attend(fm_context* c, const fm_attention* a, const float* cos, const float* sin, const fm_sequence* sequences,
+               int64_t n, float* x) {
   const int64_t d = a->head_dim, hidden = a->hidden, queries = a->heads * d, keys = a->kv_heads * d;
   const int64_t qkv_step = queries + 2 * keys;
+  // Queries are taken in blocks, none of two sequences.
+  struct QueryBlock {
+    const fm_sequence* sequence;
+    int64_t first, position;  // its row of x, its place in the sequence
+    int count;
+  };
+  std::vector<QueryBlock> blocks;
+  int64_t tokens = 0, most_work = 0;
+  for (const fm_sequence* s = sequences; s < sequences + n; tokens += s->tokens, s++)
+    for (int64_t t = 0; t < s->tokens; t += c->isa.row_tokens) {
+      const int count = int(std::min<int64_t>(c->isa.row_tokens, s->tokens - t));
+      blocks.push_back({s, tokens + t, s->position + t, count});
+      most_work = std::max(most_work, count * (s->position + t + count) * d);
+    }
   float* qkv = c->attention.fit<float>(tokens * (qkv_step + queries));
   float* y = qkv + tokens * qkv_step;
   float* normed = c->normed.fit<float>(tokens * hidden);
@@ -100,23 +119,26 @@ void fm_attend(fm_context* c, const fm_attention* a, const float* cos, const flo
   fm_linear(c, &a->qkv, a->qkv_bias, normed, tokens, a->exact, qkv, qkv_step);
   {
     Busy busy(c);
-    run_if_large(c, tokens, 8 * qkv_step, [&](int64_t t) {
-      float *q = qkv + t * qkv_step, *k = q + queries, *v = k + keys;
-      prepare_heads(c->isa, *a, q, a->heads, a->q_norm, cos + t * d, sin + t * d);
-      prepare_heads(c->isa, *a, k, a->kv_heads, a->k_norm, cos + t * d, sin + t * d);
-      for (int64_t i = 0; a->clip > 0.f && i < keys; i++)
-        v[i] = v[i] > a->clip ? a->clip : v[i] < -a->clip ? -a->clip : v[i];
-      std::memcpy(a->keys + (position + t) * keys, k, sizeof(float) * keys);
-      std::memcpy(a->values + (position + t) * keys, v, sizeof(float) * keys);
+    const int64_t most_tokens = std::min<int64_t>(tokens, c->isa.row_tokens);
+    run_if_large(c, int64_t(blocks.size()), 8 * qkv_step * most_tokens, [&](int64_t i) {
+      const QueryBlock& block = blocks[size_t(i)];
+      for (int64_t t = block.first, at = block.position; t < block.first + block.count; t++, at++) {
+        float *q = qkv + t * qkv_step, *k = q + queries, *v = k + keys;
+        prepare_heads(c->isa, *a, q, a->heads, a->q_norm, cos + at * d, sin + at * d);
+        prepare_heads(c->isa, *a, k, a->kv_heads, a->k_norm, cos + at * d, sin + at * d);
+        for (int64_t j = 0; a->clip > 0.f && j < keys; j++)
+          v[j] = v[j] > a->clip ? a->clip : v[j] < -a->clip ? -a->clip : v[j];
+        std::memcpy(within(*block.sequence, a->keys) + at * keys, k, sizeof(float) * keys);
+        std::memcpy(within(*block.sequence, a->values) + at * keys, v, sizeof(float) * keys);
+      }
     });
-    const int64_t block = c->isa.row_tokens, blocks = (tokens + block - 1) / block;
-    const int64_t most_seen = position + tokens;
-    run_if_large(c, a->heads * blocks, std::min(tokens, block) * most_seen * d, [&](int64_t item) {
-      const int64_t head = item % a->heads, first = item / a->heads * block;
-      const int count = int(std::min(block, tokens - first));
-      std::vector<float> scores(size_t(count * (position + first + count)));
-      attend_block(c->isa, *a, head, position + first, count, qkv + first * qkv_step + head * d, qkv_step,
-                   scores.data(), y + first * queries + head * d, queries);
+    run_if_large(c, a->heads * int64_t(blocks.size()), most_work, [&](int64_t item) {
+      const int64_t head = item % a->heads;
+      const QueryBlock& block = blocks[size_t(item / a->heads)];
+      std::vector<float> scores(size_t(block.count * (block.position + block.count)));
+      attend_block(c->isa, *a, *block.sequence, head, block.position, block.count,
+                   qkv + block.first * qkv_step + head * d, qkv_step, scores.data(),
+                   y + block.first * queries + head * d, queries);
     });
   }
   fm_linear(c, &a->o, a->o_bias, y, tokens, a->exact, normed, hidden);

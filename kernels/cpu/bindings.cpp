@@ -150,10 +150,11 @@ NB_MODULE(_native, m) {
            "experts"_a, "x"_a, "tokens"_a, "top_k"_a, "table"_a, "n"_a, "row_begin"_a, "rows"_a, "products"_a,
            "weights"_a, "y"_a, NoGil())
       .def("attend",
-           [](Context& c, const Attention& a, Address cos, Address sin, int64_t position, int64_t tokens, Address x) {
-             fm_attend(c.get(), &a, at<const float>(cos), at<const float>(sin), position, tokens, at<float>(x));
+           [](Context& c, const Attention& a, Address cos, Address sin, Address sequences, int64_t n, Address x) {
+             fm_attend(c.get(), &a, at<const float>(cos), at<const float>(sin), at<const fm_sequence>(sequences), n,
+                       at<float>(x));
            },
-           "attention"_a, "cos"_a, "sin"_a, "position"_a, "tokens"_a, "x"_a, NoGil())
+           "attention"_a, "cos"_a, "sin"_a, "sequences"_a, "n"_a, "x"_a, NoGil())
       .def("route",
            [](Context& c, const Router& r, Address x, int64_t tokens, Address h, Address probabilities, Address ids,
               Address weights) {
@@ -162,14 +163,15 @@ NB_MODULE(_native, m) {
            },
            "router"_a, "x"_a, "tokens"_a, "h"_a, "probabilities"_a, "ids"_a, "weights"_a, NoGil())
       .def("attend_and_route",  // one call for what comes before a layer's experts
-           [](Context& c, const Attention& a, const Router& r, Address cos, Address sin, int64_t position,
+           [](Context& c, const Attention& a, const Router& r, Address cos, Address sin, Address sequences, int64_t n,
               int64_t tokens, Address x, Address h, Address probabilities, Address ids, Address weights) {
-             fm_attend(c.get(), &a, at<const float>(cos), at<const float>(sin), position, tokens, at<float>(x));
+             fm_attend(c.get(), &a, at<const float>(cos), at<const float>(sin), at<const fm_sequence>(sequences), n,
+                       at<float>(x));
              fm_route(c.get(), &r, at<const float>(x), tokens, at<float>(h), at<float>(probabilities),
                       at<int32_t>(ids), at<float>(weights));
            },
-           "attention"_a, "router"_a, "cos"_a, "sin"_a, "position"_a, "tokens"_a, "x"_a, "h"_a, "probabilities"_a,
-           "ids"_a, "weights"_a, NoGil())
+           "attention"_a, "router"_a, "cos"_a, "sin"_a, "sequences"_a, "n"_a, "tokens"_a, "x"_a, "h"_a,
+           "probabilities"_a, "ids"_a, "weights"_a, NoGil())
       .def("rms_norm",
            [](Context& c, Address x, Address weight, int64_t tokens, int64_t hidden, float eps, Address h) {
              fm_rms_norm(c.get(), at<const float>(x), at<const float>(weight), tokens, hidden, eps, at<float>(h));

@@ -33,13 +33,20 @@ struct fm_experts {
 };
 
 // Attention of one layer, its norms included. qk_norm: 0 none, 1 each head, 2 all heads together (before the
-// clipping). Norms, biases, keys and values are fp32; keys and values are [context, G, d].
+// clipping). Norms, biases, keys and values are fp32; keys and values are [context, G, d], as far from the beginning
+// of each sequence's memory as these addresses say.
 struct fm_attention {
   int32_t hidden, heads, kv_heads, head_dim, qk_norm, window, exact;  // window 0: all tokens
   float eps, clip;                                                    // clip 0: none
   const float *input_norm, *qkv_bias, *q_norm, *k_norm, *o_bias;      // null where there is none
   fm_matrix qkv, o;
   float *keys, *values;
+};
+
+// New tokens of one sequence: where its memory begins, how many tokens it has already, and how many come.
+struct fm_sequence {
+  uint64_t memory;
+  int64_t position, tokens;
 };
 
 // The router of one layer and the norm before it. weight [experts, hidden] fp32.
@@ -80,9 +87,10 @@ void fm_moe_end(fm_context*, const float* products, const float* weights, float*
 void fm_mlp(fm_context*, int32_t activation, const fm_matrix* gate, const fm_matrix* up, const fm_matrix* down,
             const float* x, int64_t tokens, int32_t exact, const float* factor, float* y);
 
-// T tokens, the first at `position`: x [T, D] += attention(norm(x)); cos, sin [T, d]. Keys and values are stored.
-void fm_attend(fm_context*, const fm_attention*, const float* cos, const float* sin, int64_t position, int64_t tokens,
-               float* x);
+// New tokens of n sequences, T in all, one sequence behind the other: x [T, D] += attention(norm(x)), each within its
+// own. cos, sin [context, d]. Keys and values are stored. A token's bits do not depend on who runs beside it.
+void fm_attend(fm_context*, const fm_attention*, const float* cos, const float* sin, const fm_sequence* sequences,
+               int64_t n, float* x);
 
 // h [T, D] = norm(x); the top-k experts of each token, likeliest first (the lower id where two are equal), and their
 // weights [T, top_k]. probabilities [T, experts]: softmax over all.

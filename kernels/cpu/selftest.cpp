@@ -787,7 +787,7 @@ void check_attend(Rng& rng) {
                k_norm = around_one(qk_norm == 2 ? keys : d), qkv_bias = normals(rng, queries + 2 * keys),
                o_bias = normals(rng, hidden), x = normals(rng, tokens * hidden),
                old_keys = normals(rng, context * keys), old_values = normals(rng, context * keys);
-  Floats cos(tokens * d), sin(tokens * d);
+  Floats cos(context * d), sin(context * d);
   for (int64_t i = 0; i < cos.size(); i++)
     cos[i] = float(.28 * double(1 + i % 3)), sin[i] = std::sqrt(1 - cos[i] * cos[i]);
   const bool biased = rng.one_in(2), exact = rng.one_in(2);
@@ -806,9 +806,10 @@ void check_attend(Rng& rng) {
   const auto run = [&](fm_context* c, int64_t step) {
     Floats key = copy(old_keys), value = copy(old_values), y = copy(x), all(tokens * (hidden + 2 * keys));
     const fm_attention a = spec(key, value);
-    for (int64_t t = 0; t < tokens; t += step)
-      fm_attend(c, &a, cos.data() + t * d, sin.data() + t * d, position + t, std::min(step, tokens - t),
-                y.data() + t * hidden);
+    for (int64_t t = 0; t < tokens; t += step) {
+      const fm_sequence sequence{0, position + t, std::min(step, tokens - t)};
+      fm_attend(c, &a, cos.data(), sin.data(), &sequence, 1, y.data() + t * hidden);
+    }
     expect(same(key.data(), old_keys.data(), position * keys) &&
                same(value.data(), old_values.data(), position * keys),
            what + ": an earlier key or value changed");
@@ -823,12 +824,43 @@ void check_attend(Rng& rng) {
   const int64_t step = rng.between(1, tokens);
   expect(same(run(runner.context, step), got),
          what + ": other bits on " + runner.name + " in steps of " + std::to_string(step));
+
+  // Beside other sequences: one of other tokens, and the same once more, in memory of its own each.
+  const int64_t others = rng.between(1, 6), stored = context * keys, of_all = others + 2 * tokens;
+  Floats memory(6 * stored + 12 * keys), several(of_all * hidden);
+  const int64_t memory_step = 2 * stored + 4 * keys;
+  for (int64_t i = 0; i < 3; i++) {
+    std::copy(old_keys.begin(), old_keys.end(), memory.data() + i * memory_step);
+    std::copy(old_values.begin(), old_values.end(), memory.data() + i * memory_step + stored + keys);
+  }
+  const int64_t before = std::min<int64_t>(position, context - std::min(context, others));
+  const int64_t beside = std::min(others, context - before);
+  const fm_sequence sequences[3] = {{reinterpret_cast<uintptr_t>(memory.data()), position, tokens},
+                                    {reinterpret_cast<uintptr_t>(memory.data() + memory_step), before, beside},
+                                    {reinterpret_cast<uintptr_t>(memory.data() + 2 * memory_step), position, tokens}};
+  const Floats other_x = normals(rng, others * hidden);
+  std::copy(x.begin(), x.end(), several.data());
+  std::copy_n(other_x.data(), beside * hidden, several.data() + tokens * hidden);
+  std::copy(x.begin(), x.end(), several.data() + (tokens + beside) * hidden);
+  fm_attention relative = spec(seen_keys, seen_values);
+  relative.keys = nullptr, relative.values = reinterpret_cast<float*>(uintptr_t(stored + keys) * sizeof(float));
+  fm_attend(runner.context, &relative, cos.data(), sin.data(), sequences, 3, several.data());
+  for (int64_t i : {int64_t(0), int64_t(2)}) {
+    const float* row = several.data() + (i == 0 ? 0 : tokens + beside) * hidden;
+    const float* of_sequence = memory.data() + i * memory_step;
+    expect(same(row, got.data(), tokens * hidden) &&
+               same(of_sequence + position * keys, got.data() + tokens * hidden, tokens * keys) &&
+               same(of_sequence + stored + keys + position * keys, got.data() + tokens * (hidden + keys), tokens * keys),
+           what + ": other bits beside other sequences on " + runner.name);
+  }
   if (packed(format) && !exact) return;
 
   const fm_attention a = spec(seen_keys, seen_values);
   for (int64_t t = 0; t < tokens; t++) {
-    Doubles stored;
-    const Doubles want = attention(a, cos.data() + t * d, sin.data() + t * d, position + t, x.data() + t * hidden, &stored);
+    Doubles stored_of_token;
+    const int64_t at = (position + t) * d;
+    const Doubles want =
+        attention(a, cos.data() + at, sin.data() + at, position + t, x.data() + t * hidden, &stored_of_token);
     double size = 1, miss = 0;
     for (int64_t i = 0; i < hidden; i++) {
       size = std::max(size, std::fabs(want[size_t(i)]));
@@ -837,7 +869,7 @@ void check_attend(Rng& rng) {
     expect(miss <= 1e-4 * size, what + ": against double, off by " + std::to_string(miss));
     for (int64_t i = 0; i < 2 * keys; i++) {
       const float* of_kind = got.data() + tokens * hidden + (i < keys ? 0 : tokens * keys);
-      const double key = stored[size_t(i)];
+      const double key = stored_of_token[size_t(i)];
       expect(near(of_kind[t * keys + i % keys], key, 1e-4 * (1 + std::fabs(key))), what + ": stored key or value");
     }
   }
