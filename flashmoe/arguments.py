@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"flashmoe {flashmoe.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
+    _add_serve(commands)
     _add_plan(commands)
     _add_bench(commands)
     _add_pack(commands)
@@ -85,6 +86,38 @@ def _add_run(commands: "Commands") -> None:
     add = parser.add_argument_group("figures").add_argument
     add("--stats-json", type=Path, metavar="FILE", help="write each answer's figures, one JSON object a line")
     add("--per-token", action="store_true", help="with --stats-json: the figures of every token, too")
+
+
+def _add_serve(commands: "Commands") -> None:
+    parser = _add_command(commands, "serve", "serve a model over HTTP: OpenAI's API, and a page that chats")
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="listen there (default: 127.0.0.1)")
+    add("--port", type=_whole, default=8000, metavar="N", help="0: any that is free (default: 8000)")
+    add("--api-key", metavar="KEY", help="clients must send it (default: $FLASHMOE_API_KEY, else none)")
+    add(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that clients may call this server by, other than localhost; may be repeated; *: any",
+    )
+    add("--served-model-name", type=_text, metavar="NAME", help="in the API (default: the model's folder)")
+    add("--max-batch", type=_count, default=8, metavar="N", help="answers computed together (default: 8)")
+    add("--queue", type=_count, default=64, metavar="N", help="more waiting requests get 429 (default: 64)")
+    add(
+        "--session-cache",
+        metavar="DIR",
+        help="keep keys and values of conversations there, so that they outlive this process",
+    )
+    add("--session-cache-size", metavar="SIZE", help="the most that folder may hold (default: 4G)")
+    add(
+        "--drain-seconds",
+        type=_whole,
+        default=30,
+        metavar="N",
+        help="after SIGTERM or Ctrl-C, answers may take so long to finish (default: 30)",
+    )
+    _add_running_options(parser)
 
 
 def _add_plan(commands: "Commands") -> None:

@@ -1,4 +1,4 @@
-"""The commands: `flashmoe run`, `plan`, `bench`, `pack`, `trace` and `compare`. The only place
+"""The commands: `flashmoe run`, `serve`, `plan`, `bench`, `pack`, `trace` and `compare`. The only place
 that turns errors into exit codes.
 
 0: done. 1: a FlashMoEError or StorageError, as one line on stderr. 2: wrong usage. 130: Ctrl-C. 141: whoever
@@ -9,6 +9,7 @@ import argparse
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -85,6 +86,34 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     if llm.learning is not None:
         screen.remark(llm.learning.outcome)
     return code
+
+
+def serve(arguments: argparse.Namespace, screen: Screen) -> int:
+    """Serve over HTTP until a signal comes."""
+    _check_predictor_usage(arguments)
+    if arguments.session_cache_size is not None and arguments.session_cache is None:
+        arguments.parser.error("--session-cache-size belongs to --session-cache DIR, which is missing")
+    from flashmoe.config import RunConfig
+    from flashmoe.server.serve import ServeOptions, serve
+
+    caching = {
+        "session_cache": arguments.session_cache,
+        "session_cache_size": arguments.session_cache_size or "4G",
+    }
+    RunConfig(max_batch=arguments.max_batch, **caching)  # a bad value should not wait for the model to load
+    options = ServeOptions(
+        arguments.served_model_name or _model_name(arguments.model),
+        arguments.host,
+        arguments.port,
+        arguments.api_key or os.environ.get("FLASHMOE_API_KEY"),
+        arguments.allowed_host,
+        arguments.queue,
+        arguments.drain_seconds,
+    )
+    extra = {"max_batch": arguments.max_batch, **(caching if arguments.session_cache else {})}
+    load = partial(_load_llm, arguments, screen, arguments.policy, arguments.prefetch, **extra)
+    ended_by = serve(load, options, screen.say)
+    return EXIT_INTERRUPTED if ended_by == signal.SIGINT else 0
 
 
 def plan(arguments: argparse.Namespace, screen: Screen) -> int:
@@ -306,6 +335,7 @@ def train(arguments: argparse.Namespace, screen: Screen) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, Screen], int]] = {
     "run": run,
+    "serve": serve,
     "plan": plan,
     "bench": bench,
     "pack": pack,
@@ -383,8 +413,9 @@ def _compare_live(arguments: argparse.Namespace, screen: Screen, show: Callable[
 
 
 def _load_llm(
-    arguments: argparse.Namespace, screen: Screen, policy: str, prefetch: str = "off", seed: int = 0
-) -> "LLM":
+    arguments: argparse.Namespace, screen: Screen, policy: str, prefetch: str = "off", seed: int = 0,
+    **extra: Any,
+) -> "LLM":  # fmt: skip
     from flashmoe.api import LLM
     from flashmoe.config import PREDICTOR_NAMES
     from flashmoe.model_source import find_model
@@ -413,6 +444,7 @@ def _load_llm(
             token_rounding=arguments.token_rounding,
             progress=progress,
             on_plan=partial(_show_plan, screen=screen),
+            **extra,
         )
     _show_probe(llm, screen, arguments.verbose)
     return llm

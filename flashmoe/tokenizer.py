@@ -107,6 +107,10 @@ class Tokenizer:
         """Whether the chat template says anything about tools."""
         return self._chat_template is not None and self._chat_template.takes_tools
 
+    def template_mentions(self, text: str) -> bool:
+        """Whether the chat template's source contains `text`: which markup its model was trained on."""
+        return self._chat_template is not None and text in self._chat_template.source
+
     def token_text(self, id: int) -> str:
         """The text of one token by itself, special ones included; U+FFFD where it is part of a character."""
         text = self.decode([id], skip_special_tokens=False)
@@ -190,7 +194,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """`special_tokens`: the text of bos_token, eos_token, … for the template to write."""
-        self._source = source
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self._environment = _TemplateEnvironment()
         self._one_at_a_time = threading.Lock()
@@ -232,14 +236,14 @@ class ChatTemplate:
     def takes_tools(self) -> bool:
         """Whether the template reads the variable `tools`; a broken one does not."""
         try:
-            return "tools" in jinja2.meta.find_undeclared_variables(self._environment.parse(self._source))
+            return "tools" in jinja2.meta.find_undeclared_variables(self._environment.parse(self.source))
         except jinja2.TemplateError:
             return False
 
     @cached_property
     def _template(self) -> jinja2.Template:
         """Compiled on first use: a model with a broken template can still continue plain text."""
-        tree = self._environment.parse(self._source)
+        tree = self._environment.parse(self.source)
         for loop in tree.find_all(nodes.For):
             counted = nodes.Filter(loop.iter, _COUNTED, [], [], None, None)
             loop.iter = counted.set_lineno(loop.lineno).set_environment(self._environment)

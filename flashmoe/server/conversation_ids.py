@@ -1,0 +1,56 @@
+"""Which token ids the model itself chose for a conversation's text.
+
+Encoding the text of an answer anew need not give the ids it was generated as, and then keys and values behind
+the first difference would be lost. So what was generated is kept, text and ids, for the next turn.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from flashmoe.tokenizer import Tokenizer
+
+
+class ConversationIds:
+    """The texts seen last, bounded in number and characters; for any thread."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, add_special_tokens: bool, most: int = 256, most_characters: int = 4 << 20
+    ) -> None:
+        self._tokenizer, self._add_special_tokens = tokenizer, add_special_tokens
+        self._most, self._most_characters = most, most_characters
+        self._known: OrderedDict[str, tuple[int, ...]] = OrderedDict()  # least recently used first
+        self._characters = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, with those of the longest text known that it begins with."""
+        with self._lock:
+            known = max((k for k in self._known if text.startswith(k)), key=len, default=None)
+            begin = None if known is None else self._known[known]
+            if known is not None:
+                self._known.move_to_end(known)
+        if known is None or begin is None:
+            return self._tokenizer.encode(text, add_special_tokens=self._add_special_tokens)
+        return [*begin, *self._tokenizer.encode(text[len(known) :])]
+
+    def remember(self, prompt_text: str, prompt: Sequence[int], generated: Sequence[int]) -> None:
+        """An answer has ended."""
+        if not generated:
+            return
+        text = prompt_text + self._tokenizer.decode(generated, skip_special_tokens=False)
+        if len(text) > self._most_characters:
+            return
+        with self._lock:
+            self._forget(text)
+            self._known[text] = (*prompt, *generated)
+            self._characters += len(text)
+            while len(self._known) > self._most or self._characters > self._most_characters:
+                self._forget(next(iter(self._known)))
+
+    def _forget(self, text: str) -> None:
+        if self._known.pop(text, None) is not None:
+            self._characters -= len(text)

@@ -1,0 +1,186 @@
+"""Who may ask what: Host and Origin against DNS rebinding and foreign pages, the API key, a body's size and
+time.
+
+One ASGI layer around the whole application; it has the whole body before anything looks at it.
+"""
+
+import asyncio
+import hmac
+import ipaddress
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from flashmoe.server.errors import ApiError
+from flashmoe.server.limits import Limits
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none';"
+    " frame-ancestors 'none'; object-src 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# The page and what says no more than that we are alive; it asks for the key itself.
+_KEYED = ("/v1/", "/metrics", "/tokenize", "/detokenize")
+_OPEN = ("/v1/health",)
+_READING = ("GET", "HEAD")
+
+
+class AllowedHosts:
+    """Names by which this server may be called; "*" allows all."""
+
+    def __init__(self, bind_host: str, names: Iterable[str] = ()) -> None:
+        self._names = {_bare(name) for name in (*LOOPBACK, bind_host, *names)}
+        # Behind 0.0.0.0 are addresses we do not know. Rebinding needs a name, so an address is no danger.
+        self._addresses = _bare(bind_host) in ("0.0.0.0", "::", "")
+
+    def __contains__(self, host: object) -> bool:
+        name = _host_name(str(host))
+        if name in self._names or "*" in self._names:
+            return True
+        return self._addresses and _is_address(name)
+
+
+class Guard:
+    """The ASGI layer."""
+
+    def __init__(self, app: ASGIApp, limits: Limits, hosts: AllowedHosts, api_key: str | None) -> None:
+        self._app, self._limits, self._hosts = app, limits, hosts
+        self._key = None if api_key is None else api_key.encode("utf-8")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        guarded = _with_headers(send)
+        try:
+            self._check(scope["method"], scope["path"], Headers(scope=scope))
+            body = await self._body(Headers(scope=scope), receive)
+        except ApiError as error:
+            headers = {**(error.headers or {}), "Connection": "close"}  # the rest of the body is not read
+            await JSONResponse(error.body(), error.status_code, headers)(scope, receive, guarded)
+            return
+        if body is None:  # the client left
+            return
+        await self._app(scope, _replay(body, receive), guarded)
+
+    def _check(self, method: str, path: str, headers: Headers) -> None:
+        host = headers.get("host", "")
+        if host not in self._hosts:
+            raise ApiError(
+                403, f"host {host[:100]!r} is not ours; the server's option --allowed-host adds one",
+                code="host",
+            )
+        if method not in _READING and not _same_origin(headers, host):
+            raise ApiError(403, "pages of other origins may not use this server", code="origin")
+        if self._key is None or path in _OPEN or not path.startswith(_KEYED):
+            return
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        # Starlette reads headers as Latin-1; compare the bytes that came.
+        if scheme.lower() != "bearer" or not hmac.compare_digest(
+            given.strip().encode("latin-1"), self._key
+        ):
+            raise ApiError(
+                401, "give the server's API key: Authorization: Bearer KEY", code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )  # fmt: skip
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
+        """The whole body; None if the client left in the middle of it."""
+        most = self._limits.body_bytes
+        too_large = ApiError(413, f"the body is larger than {most} bytes; shorten it", code="body_too_large")
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > most:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._limits.body_s):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(body) > most:
+                        raise too_large
+        except TimeoutError as error:
+            late = f"the body did not arrive within {self._limits.body_s:g} s"
+            raise ApiError(408, late, code="body_timeout") from error
+        return bytes(body)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body once, then what comes behind it: that the client has left."""
+    given = False
+
+    async def replaying() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replaying
+
+
+def _with_headers(send: Send) -> Send:
+    async def sending(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            for name, value in HEADERS.items():
+                headers.setdefault(name, value)
+            if headers.get("content-type", "").startswith(("application/json", "text/event-stream")):
+                headers.setdefault("Cache-Control", "no-store")
+        await send(message)
+
+    return sending
+
+
+def _same_origin(headers: Headers, host: str) -> bool:
+    """Whether a request that changes something comes from our own page, or from no page at all."""
+    if headers.get("sec-fetch-site", "none") in ("cross-site", "same-site"):
+        return False
+    origin = headers.get("origin")
+    return origin is None or urlsplit_netloc(origin) == host.lower()
+
+
+def urlsplit_netloc(origin: str) -> str | None:
+    """"host:port" of an origin; None if it is none, as "null" is."""
+    try:
+        parts = urlsplit(origin.lower())
+    except ValueError:
+        return None
+    return parts.netloc if parts.scheme in ("http", "https") else None
+
+
+def is_loopback(host: str) -> bool:
+    name = _bare(host)
+    return name in LOOPBACK or (_is_address(name) and ipaddress.ip_address(name).is_loopback)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _host_name(host: str) -> str:
+    """A Host header without its port."""
+    if host.startswith("["):
+        return _bare(host.partition("]")[0])
+    return _bare(host.rpartition(":")[0] if host.count(":") == 1 else host)
+
+
+def _bare(name: str) -> str:
+    return name.strip().strip("[]").rstrip(".").lower()
