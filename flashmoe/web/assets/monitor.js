@@ -64,7 +64,8 @@ export class Monitor {
     setText(byId("tokens-per-s"), tokens.per_s ? perSecond(tokens.per_s) : "–");
     setText(byId("hit-rate"), cache.recent.length ? percent(cache.hit_rate) : "–");
     setText(byId("running"), whole(requests.running));
-    setText(byId("waiting"), `${whole(requests.waiting)} of ${whole(requests.queue_limit)}`);
+    setText(byId("waiting"), whole(requests.waiting));
+    setText(byId("queue-limit"), ` of ${whole(requests.queue_limit)}`);
     this.heatMap.show(cache);
     this.chart.show(cache);
     this.meters.drive.show(drive.mb_per_s, drive.probed_mb_per_s, `${megabytesPerSecond(drive.mb_per_s)} of ${megabytesPerSecond(drive.probed_mb_per_s)}`);

@@ -26,24 +26,23 @@ export class RecentChart {
 
   draw() {
     const scale = window.devicePixelRatio || 1;
-    const room = Math.floor(this.canvas.parentElement.clientWidth * scale);
-    const each = Math.max(1, Math.floor(room / BARS));
-    this.canvas.width = each * BARS;
+    this.canvas.width = Math.floor(this.canvas.parentElement.clientWidth * scale);
     this.canvas.height = Math.round(HEIGHT * scale);
     this.canvas.style.width = `${this.canvas.width / scale}px`;
     this.canvas.style.height = `${HEIGHT}px`;
     const paper = this.canvas.getContext("2d");
     const [resident, arrived, absent] = ["resident", "arrived", "absent"].map((name) => getComputedStyle(byId(`swatch-${name}`)).backgroundColor);
-    const gap = each >= 3 ? 1 : 0;
+    const edge = (bar) => Math.round((bar * this.canvas.width) / BARS);
+    const gap = this.canvas.width >= 3 * BARS ? 1 : 0;
     const first = BARS - this.steps.length; // the newest is at the right
     for (let bar = 0; bar < BARS; bar++) {
       const step = this.steps[bar - first];
       const asked = step ? step.hits + step.misses : 0;
       const misses = asked ? Math.round((this.canvas.height * step.misses) / asked) : 0;
       paper.fillStyle = asked ? resident : absent;
-      paper.fillRect(bar * each, 0, each - gap, this.canvas.height);
+      paper.fillRect(edge(bar), 0, edge(bar + 1) - edge(bar) - gap, this.canvas.height);
       paper.fillStyle = arrived;
-      paper.fillRect(bar * each, 0, each - gap, misses);
+      paper.fillRect(edge(bar), 0, edge(bar + 1) - edge(bar) - gap, misses);
     }
   }
 }

@@ -142,7 +142,7 @@ function figuresOf({ state, finish, figures = {} }) {
   else if (finish === "length") parts.push("ended at the length limit");
   if (tokens) parts.push(`${whole(tokens)} tokens`);
   if (perS) parts.push(`${perSecond(perS)} tokens/s`);
-  if (firstS) parts.push(`first after ${duration(firstS)}`);
-  if (cached) parts.push(`${whole(cached)} of ${whole(prompt)} prompt tokens were known`);
+  if (firstS >= 0.05) parts.push(`first after ${duration(firstS)}`);
+  if (cached) parts.push(`${whole(cached)} of ${whole(prompt)} prompt tokens reused`);
   return parts.join(" · ");
 }
