@@ -15,6 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
+from flashmoe.background_prefill import BackgroundPrefill
 from flashmoe.budget import BudgetPlan
 from flashmoe.config import PREDICTOR_NAMES, RunConfig
 from flashmoe.decoder import Decoder
@@ -28,6 +31,7 @@ from flashmoe.recorder import Recorder
 from flashmoe.sampler import SamplingParams
 from flashmoe.scheduler import Scheduler
 from flashmoe.stats import GenerationStats
+from kernels.native import make_context
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,7 @@ class LLM:
         self.scheduler = Scheduler(
             decoder, self.kv_pool, self.tokenizer, self._record, 1 if one_at_a_time else max_batch
         )
+        self._open_background()
 
     def chat(self, system: str | None = None, **sampling: Any) -> "Chat":
         """A conversation; `sampling` as in `SamplingParams`, kept for every turn."""
@@ -205,11 +210,19 @@ class LLM:
         if isinstance(decoder, Decoder):
             decoder.experts = self.expert_cache = cache
             decoder.prefetcher = open_prefetcher(decoder, self._weights, self.plan, run)
+            self._open_background()
         else:
             from flashmoe.gpu_loader import use_policy
 
             assert self.plan.vram is not None
             self.expert_cache = use_policy(decoder, cache, self._opened.expert_format, self.plan.vram, run)
+
+    def _open_background(self) -> None:
+        """Prompts may run beside those that decode, if there are slots for it."""
+        decoder, slots = self.engine.decoder, self.plan.passing_slots
+        if isinstance(decoder, Decoder) and slots and self.scheduler.most_running > 1:
+            threads = torch.get_num_threads()
+            self.scheduler.background = BackgroundPrefill(decoder, make_context(threads), slots)
 
     def close(self) -> None:
         """Free the expert slots and close the files; safe to call twice."""

@@ -17,7 +17,7 @@ import torch
 import flashmoe
 from flashmoe.bench_text import TokenText
 from flashmoe.budget import BudgetPlan
-from flashmoe.expert_cache import CacheCounters
+from flashmoe.expert_slots import CacheCounters
 from flashmoe.loader import LoadedEngine, OpenedModel
 from flashmoe.sizes import format_bytes
 from flashmoe.stats import bound_s

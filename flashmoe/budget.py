@@ -16,6 +16,7 @@ from flashmoe.sizes import format_bytes
 if TYPE_CHECKING:
     from flashmoe.vram_budget import VramPlan
 
+MOST_PASSING = 8  # slots for the experts of prompts that run while others decode
 PREFILL_CHUNK = 512  # tokens; the same for every budget, or the bits of a long prompt would depend on it
 SMALLEST_DEFAULT_CONTEXT = 512
 # Share of what is left after the fixed parts that the KV cache may take when the user names no context.
@@ -59,11 +60,12 @@ class BudgetPlan:
     token_cycle_experts: int  # layers x top-k: the experts one token uses
     warnings: tuple[str, ...]
     staging_slots: int = 0  # of `slots`, those that guesses are read into
+    passing_slots: int = 0  # beside `slots`: for prompts that run while others decode
     vram: "VramPlan | None" = None  # of a run on a GPU: dense weights and KV cache are there
 
     @property
     def slots_bytes(self) -> int:
-        return self.slots * self.slot_bytes
+        return (self.slots + self.passing_slots) * self.slot_bytes
 
     @property
     def planned_bytes(self) -> int:
@@ -76,6 +78,8 @@ class BudgetPlan:
         each = f"{format_bytes(self.slot_bytes)} each"
         if self.staging_slots:
             each += f", {self.staging_slots} of them for guesses"
+        if self.passing_slots:
+            each += f"; {self.passing_slots} more for prompts beside others"
         slots = ("expert slots", format_bytes(self.slots_bytes),
                  f"{self.slots} of {self.experts} experts ({share:.0%}), {each}")  # fmt: skip
         process = ("process", format_bytes(self.process_bytes), "interpreter and libraries")
@@ -134,25 +138,28 @@ def plan_budget(
             + ("" if context is None or sizes.on_gpu else " or a smaller --context")
         )
     tokens, slots = _divide(config, sizes, budget_bytes, context)
-    kv_tokens = tokens
+    kv_tokens, passing = tokens, 0
     if conversations > 1 and not sizes.on_gpu:
         spare = budget_bytes - _fixed_bytes(config, sizes, tokens) - least_slots * sizes.slot_bytes
         further = int(KV_SHARE * spare / config.kv_bytes_per_token)
         kv_tokens += min(further, (conversations - 1) * tokens)
-        spare -= _kv_bytes(config, sizes, kv_tokens - tokens)
-        slots = min(sizes.experts, least_slots + spare // sizes.slot_bytes)
+        spare -= _kv_bytes(config, sizes, kv_tokens - tokens) + _workspace_bytes(config, sizes, tokens)
+        passing = min(MOST_PASSING, max(0, spare // sizes.slot_bytes) // 16)
+        slots = least_slots + max(0, spare // sizes.slot_bytes - passing)
+        slots = min(sizes.experts, slots)
     return BudgetPlan(
         budget_bytes=budget_bytes,
         process_bytes=sizes.process_bytes + LATE_PROCESS_BYTES,
         dense_bytes=sizes.dense_bytes,
         kv_cache_bytes=_kv_bytes(config, sizes, kv_tokens),
-        workspace_bytes=_workspace_bytes(config, sizes, tokens),
+        workspace_bytes=_workspace_bytes(config, sizes, tokens) * (2 if passing else 1),
         slot_bytes=sizes.slot_bytes,
         slots=slots,
         experts=sizes.experts,
         expert_bytes=sizes.expert_bytes,
         context=tokens,
         kv_tokens=kv_tokens,
+        passing_slots=passing,
         smallest_budget_bytes=smallest,
         token_cycle_experts=config.num_moe_layers * config.num_experts_per_tok,
         warnings=tuple(_warnings(config, sizes, budget_bytes, context)),

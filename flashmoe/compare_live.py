@@ -14,7 +14,7 @@ from flashmoe.api import LLM
 from flashmoe.bench import BenchResult, Repetition
 from flashmoe.documents import Document, in_turn
 from flashmoe.errors import ConfigError, ContextError, FlashMoEError
-from flashmoe.expert_cache import CacheCounters
+from flashmoe.expert_slots import CacheCounters
 from storage import host
 
 COLUMNS = ("policy", "t/s", "min–max", "hit rate", "MB/token", "MB/s", "stall", "bound t/s", "of bound")

@@ -52,6 +52,40 @@ class Stretch(NamedTuple):
     tokens: list[int]
 
 
+# Addresses of cos, sin and the table of sequences, and how many there are.
+Sequences = tuple[int, int, int, int]
+
+
+class LayerBuffers(NamedTuple):
+    """What a layer's router writes for T tokens."""
+
+    h: Tensor  # [T, D]: what the experts see
+    probabilities: Tensor  # [T, E]
+    ids: Tensor  # [T, K] int32
+    weights: Tensor  # [T, K]
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """The probabilities, in the same memory."""
+        return self.probabilities.numpy()
+
+    @property
+    def addresses(self) -> tuple[int, int, int, int]:
+        return self.h.data_ptr(), self.probabilities.data_ptr(), self.ids.data_ptr(), self.weights.data_ptr()
+
+    def part(self, rows: slice) -> "LayerBuffers":
+        """Those of some of the tokens."""
+        return LayerBuffers(*(tensor[rows] for tensor in self))
+
+    @classmethod
+    def of(cls, config: ModelConfig, tokens: int) -> "LayerBuffers":
+        h = torch.empty(tokens, config.hidden_size)
+        probabilities = torch.empty(tokens, config.num_experts)
+        ids = torch.empty(tokens, config.num_experts_per_tok, dtype=torch.int32)
+        weights = torch.empty(tokens, config.num_experts_per_tok)
+        return cls(h, probabilities, ids, weights)
+
+
 class Decoder:
     """Appends tokens to KV caches and returns logits. `check` is called before every layer. `kv_cache` is
     that of a sequence of its own.
@@ -72,6 +106,7 @@ class Decoder:
         exact: bool = False,
     ) -> None:
         self.config, self.experts, self.kernels = config, experts, kernels
+        self._expert_format = expert_format
         self.kv_cache = KVCache(config, context)
         self._weights, self._exact = weights, exact
         self._rotary = Rotary(config, context)
@@ -84,7 +119,7 @@ class Decoder:
             _NativeLayer(config, layer, self.kv_cache.offsets(index), index, exact)
             for index, layer in enumerate(weights.layers)
         ]
-        self._one_token = _Buffers.of(config, 1)
+        self._one_token = LayerBuffers.of(config, 1)
         self.observer: RoutingObserver | None = None
         self.prefetcher: Prefetcher | None = None
 
@@ -122,9 +157,8 @@ class Decoder:
         for stretch in batch:
             stretch.kv_cache.append(stretch.tokens)
         if not all_logits:
-            ends = np.cumsum([len(stretch.tokens) for stretch in batch]) - 1
-            x = x[-1:] if len(batch) == 1 else x[torch.from_numpy(ends)]
-        return self._linear(self._norm(x, self._weights.norm), self._weights.lm_head)
+            x = last_rows(batch, x)
+        return self.logits(x)
 
     def settle(self) -> None:
         """Policy and counters know of all that has run: here always."""
@@ -132,6 +166,14 @@ class Decoder:
     def embed(self, token_ids: Sequence[int]) -> Tensor:
         """[T, D]: what enters the first layer."""
         return gather_rows(self._weights.embedding.matrix, token_ids, self.config.hidden_size)
+
+    def twin(self, kernels: Context) -> "Decoder":
+        """Another one over the same weights and experts, with threads and workspace of its own: it may be in
+        the middle of a layer while this one is."""
+        return Decoder(
+            self.config, self._weights, self.experts, self.kv_cache.context, kernels, self._expert_format,
+            self._exact,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def run_layer(self, index: int, x: Tensor) -> None:
@@ -145,21 +187,17 @@ class Decoder:
         for stretch in batch:
             room = stretch.kv_cache.context - stretch.kv_cache.length
             assert stretch.kv_cache.context == self.kv_cache.context and len(stretch.tokens) <= room
-        buffers = self._one_token if len(token_ids) == 1 else _Buffers.of(self.config, len(token_ids))
+        buffers = self._one_token if len(token_ids) == 1 else LayerBuffers.of(self.config, len(token_ids))
         together = len(batch) > 1 and len(token_ids) <= MOST_STEP_TOKENS
-        sequences = (*self._rotary.addresses(0), table.ctypes.data, len(batch))
-        return _Step(token_ids, sequences, buffers, together, table)
+        return _Step(token_ids, self.sequences(table), buffers, together, table)
 
     def _layer(self, index: int, x: Tensor, step: "_Step") -> None:
         """x [T, D] += attention, then += feed-forward."""
-        native, layer, buffers = self._layers[index], self._weights.layers[index], step.buffers
-        if native.router is None:
-            self.kernels.attend(native.attention, *step.sequences, x.data_ptr())
-            self._mlp(layer, self._norm(x, layer.post_attention_norm), None, x)
+        if not self.has_experts(index):
+            self.dense_layer(index, x, step.sequences)
             return
-        self.kernels.attend_and_route(
-            native.attention, native.router, *step.sequences, len(x), x.data_ptr(), *buffers.addresses
-        )
+        buffers = step.buffers
+        self.attend_and_route(index, x, step.sequences, buffers)
         if self.observer is not None:
             self.observer.routed(index, buffers.ids, buffers.weights, buffers.probabilities)
         self.expert_ffn.begin(buffers.h)
@@ -167,10 +205,41 @@ class Decoder:
             self._experts_of_one_token(index, x, step)
         else:
             self._experts_of_many(index, step)
+        self.add_experts(index, x, buffers)
+
+    def has_experts(self, index: int) -> bool:
+        """Whether a layer has routed experts."""
+        return self._layers[index].router is not None
+
+    def attend_and_route(self, index: int, x: Tensor, sequences: Sequences, buffers: LayerBuffers) -> None:
+        """x [T, D] += attention; `buffers` get what the router chose."""
+        native = self._layers[index]
+        assert native.router is not None
+        self.kernels.attend_and_route(
+            native.attention, native.router, *sequences, len(x), x.data_ptr(), *buffers.addresses
+        )
+
+    def add_experts(self, index: int, x: Tensor, buffers: LayerBuffers) -> None:
+        """x [T, D] += the experts' products, all of which are there, and the shared expert's."""
         self.expert_ffn.end(buffers.weights, x)
+        layer = self._weights.layers[index]
         if layer.shared_gate is not None:
             factor = torch.sigmoid(self._linear(buffers.h, Weight.of(layer.shared_gate)))
             self._mlp(layer, buffers.h, factor, x)
+
+    def dense_layer(self, index: int, x: Tensor, sequences: Sequences) -> None:
+        """A layer without experts: x [T, D] += attention, then += its network."""
+        layer = self._weights.layers[index]
+        self.kernels.attend(self._layers[index].attention, *sequences, x.data_ptr())
+        self._mlp(layer, self._norm(x, layer.post_attention_norm), None, x)
+
+    def sequences(self, table: NDArray[np.int64]) -> Sequences:
+        """Of a table [B, 3] of each sequence's memory, length and new tokens, which must outlive this."""
+        return (*self._rotary.addresses(0), table.ctypes.data, len(table))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of what leaves the last layer, [N, D] -> [N, V]"""
+        return self._linear(self._norm(x, self._weights.norm), self._weights.lm_head)
 
     def _experts_of_one_token(self, index: int, x: Tensor, step: "_Step") -> None:
         buffers = step.buffers
@@ -252,6 +321,13 @@ class _NativeLayer:
         self.router = native_router(config, layer)
 
 
+def last_rows(batch: Sequence[Stretch], x: Tensor) -> Tensor:
+    """The row of each sequence's last token: x [T, D] -> [B, D]"""
+    if len(batch) == 1:
+        return x[-1:]
+    return x[torch.from_numpy(np.cumsum([len(stretch.tokens) for stretch in batch]) - 1)]
+
+
 def native_router(config: ModelConfig, layer: LayerWeights) -> Router | None:
     """None in a layer without experts."""
     c = config
@@ -261,32 +337,12 @@ def native_router(config: ModelConfig, layer: LayerWeights) -> Router | None:
     )  # fmt: skip
 
 
-class _Buffers(NamedTuple):
-    """What the router writes for T tokens."""
-
-    h: Tensor  # [T, D]: what the experts see
-    probabilities: Tensor  # [T, E]
-    ids: Tensor  # [T, K] int32
-    weights: Tensor  # [T, K]
-    scores: NDArray[np.float32]  # the probabilities' memory
-    addresses: tuple[int, int, int, int]
-
-    @classmethod
-    def of(cls, config: ModelConfig, tokens: int) -> "_Buffers":
-        h = torch.empty(tokens, config.hidden_size)
-        probabilities = torch.empty(tokens, config.num_experts)
-        ids = torch.empty(tokens, config.num_experts_per_tok, dtype=torch.int32)
-        weights = torch.empty(tokens, config.num_experts_per_tok)
-        addresses = (h.data_ptr(), probabilities.data_ptr(), ids.data_ptr(), weights.data_ptr())
-        return cls(h, probabilities, ids, weights, probabilities.numpy(), addresses)
-
-
 class _Step(NamedTuple):
     """What one forward pass needs in every layer."""
 
     token_ids: list[int]
-    sequences: tuple[int, int, int, int]  # addresses of cos, sin and the table of sequences, and how many
-    buffers: _Buffers
+    sequences: Sequences
+    buffers: LayerBuffers
     together: bool  # a step of several sequences, as far as the expert cache is concerned
     table: NDArray[np.int64]  # the sequences' memory
 

@@ -14,7 +14,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from cache_policies.lower_tier import Descent, LowerTier
 from cache_policies.policy import CachePolicy, Geometry
 from cache_policies.residency import ChunkPlan, Residency
+from flashmoe.expert_slots import CacheCounters, slot_addresses, slot_buffers
+from flashmoe.passing_reads import PassingReads
 from flashmoe.weights import ExpertId
 from kernels.expert_ffn import Addresses
 from storage.expert_reader import ExpertReader, ReadPlan
@@ -31,31 +33,7 @@ from storage.read_queue import Completion, ReadQueue, Request
 # How often to look whether a read that is waited for exists: a Ctrl-C may have come in the instant between
 # noting it and asking for it, or taking it.
 LOST_READ_S = 1.0
-
-
-@dataclass(slots=True)
-class CacheCounters:
-    """What the cache did so far; subtract two snapshots for a span of work. Bytes as int, time in seconds."""
-
-    hits: int = 0
-    misses: int = 0
-    bytes_read: int = 0
-    stall_s: float = 0.0  # time the computation waited for reads
-    read_s: float = 0.0  # time with at least one read in flight, whether anybody waited or not
-    # Guesses. They are misses of the policy all the same: what they save is time.
-    prefetch_issued: int = 0
-    prefetch_hits: int = 0  # had arrived when they were asked for
-    prefetch_late: int = 0  # were still being read
-    prefetch_wasted: int = 0  # had arrived, and were not asked for
-    prefetch_cancelled: int = 0  # were given up before they had arrived
-    prefetch_failed: int = 0  # could not be read; if asked for, read again
-    prefetch_bytes_wasted: int = 0  # of those not asked for
-
-    def snapshot(self) -> "CacheCounters":
-        return type(self)(*(getattr(self, f.name) for f in fields(self)))
-
-    def __sub__(self, other: "CacheCounters") -> "CacheCounters":
-        return type(self)(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+IN_WAIT_S = 0.001  # how often to look for work while a read is waited for and there was none
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +78,7 @@ class ExpertCache:
         self._reader, self._reads = reader, reads
         slot_bytes = max(p.slot_bytes for p in plans.values())
         self._arena = None if reader.in_place else memoryview(allocate_aligned(self.slots * slot_bytes))
-        self._buffers = _slot_buffers(self._arena, self.slots, slot_bytes)
+        self._buffers = slot_buffers(self._arena, self.slots, slot_bytes)
         self._free = list(range(self.slots - 1, -1, -1))
         self._residents: dict[ExpertId, _Resident] = {}
         self._copies: dict[ExpertId, None] = {}  # residents that the tier above has, too: the oldest first
@@ -113,6 +91,8 @@ class ExpertCache:
         self._chunk: ChunkPlan | None = None  # of the prefill event that goes on
         self._event = 0  # counts up: a generator left over from an earlier event must not end a later one
         self._done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
+        # A piece of other work, some milliseconds, to do while a read is waited for: whether it did any.
+        self.in_wait: Callable[[], bool] | None = None
 
     @property
     def resident(self) -> frozenset[ExpertId]:
@@ -186,6 +166,20 @@ class ExpertCache:
             )
             self.counters.prefetch_issued += 1
             at_most -= 1
+
+    def look(self, key: ExpertId) -> Addresses | None:
+        """Where an expert is, if it is resident; valid until anything else is asked of the cache. Its use is
+        not counted."""
+        resident = self._residents.get(key)
+        return resident.addresses if resident is not None else None
+
+    def keys(self, layer: int, experts: Sequence[int]) -> list[ExpertId]:
+        """The experts of a layer as this class counts layers."""
+        return [(self._ordinals[layer], expert) for expert in experts]
+
+    def passing_reads(self, slots: int) -> PassingReads:
+        """For work in the background: reads into `slots` of its own, behind all demand reads."""
+        return PassingReads(self._plans, self._reader, self._reads, self.counters, slots)
 
     def _bring(
         self, ordinal: int, asked: int, missing: Sequence[ExpertId], victims: Sequence[ExpertId]
@@ -424,7 +418,7 @@ class ExpertCache:
             self._moved(copy, -1)
         buffer = self._buffers[slot]
         assert buffer is not None
-        addresses = _addresses([buffer[begin : begin + size] for begin, size in self._plans[key].parts])
+        addresses = slot_addresses([buffer[begin : begin + size] for begin, size in self._plans[key].parts])
         copy_out(addresses)
         self._settle_in(key, _Resident(slot, addresses))
 
@@ -535,11 +529,20 @@ class ExpertCache:
         """Wait for the next read."""
         assert self._in_flight, "no slot is free for what must come"
         begin = time.perf_counter()
-        completion = self._done.get()
+        completion = self._next_done()
         while not self._is_awaited(completion):
-            completion = self._done.get()
+            completion = self._next_done()
         self.counters.stall_s += time.perf_counter() - begin
         return completion
+
+    def _next_done(self) -> Completion:
+        """Wait for a read; meanwhile there may be other work."""
+        while (work := self.in_wait) is not None:
+            try:
+                return self._done.get_nowait() if work() else self._done.get(timeout=IN_WAIT_S)
+            except queue.Empty:
+                continue
+        return self._done.get()
 
     def _arrived_already(self) -> Completion | None:
         """A read of this event that has finished meanwhile, if there is one."""
@@ -575,7 +578,7 @@ class ExpertCache:
                 self.counters.prefetch_failed += 1
                 self._free.append(read.slot)
             else:
-                self._staged[read.key] = _Resident(read.slot, _addresses(completion.views))
+                self._staged[read.key] = _Resident(read.slot, slot_addresses(completion.views))
         elif read in self._cancelled:
             self._cancelled.remove(read)
             self._note_bytes(read, completion.read_bytes)
@@ -599,7 +602,7 @@ class ExpertCache:
             self._free.append(read.slot)
             assert completion.error is not None
             raise completion.error
-        self._settle_in(read.key, _Resident(read.slot, _addresses(completion.views)))
+        self._settle_in(read.key, _Resident(read.slot, slot_addresses(completion.views)))
         return read.key
 
     def _settle_in(self, key: ExpertId, resident: _Resident) -> None:
@@ -674,16 +677,3 @@ def show_chunk(
         policy.step(
             ordinal, ids, w, None if scores is None else scores[i], -1 if tokens is None else tokens[i]
         )
-
-
-def _addresses(views: Sequence[memoryview]) -> Addresses:
-    """Where the parts of an expert lie: three, or one that holds all."""
-    first, *others = (ctypes.addressof(ctypes.c_char.from_buffer(view)) for view in views)
-    return (first, others[0], others[1]) if others else (first, 0, 0)
-
-
-def _slot_buffers(arena: memoryview | None, slots: int, slot_bytes: int) -> list[memoryview | None]:
-    """One aligned memoryview a slot; none where the reader serves its own mapping."""
-    if arena is None:
-        return [None] * slots
-    return [arena[i * slot_bytes : (i + 1) * slot_bytes] for i in range(slots)]

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from flashmoe.expert_cache import CacheCounters
+from flashmoe.expert_slots import CacheCounters
 from flashmoe.stats import GenerationStats, TokenStats
 from storage import host
 

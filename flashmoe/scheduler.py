@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from flashmoe.background_prefill import BackgroundPrefill
 from flashmoe.budget import PREFILL_CHUNK
 from flashmoe.decoder import MOST_STEP_TOKENS, Stretch
 from flashmoe.errors import ContextError, FlashMoEError, ModelError, QueueFullError
@@ -34,6 +35,10 @@ WORTH_WAITING = 32
 # A prompt of few tokens, such as the next message of a chat, runs among the tokens that decode.
 SHORT_PROMPT = 16
 RETRY_AFTER_S = 2.0
+# A step may take so much longer with a prompt in the background, and a prompt always gets so much of it.
+STRETCH, LEAST_SLICE = 1.3, 0.05
+NEWEST = 0.2  # weight of the newest step in the running mean of how long one takes
+FINISHING_S = 0.5  # how long to work on a prompt, nobody decoding, before others are looked at
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +97,7 @@ class Scheduler:
         self.decoder, self.kv_pool, self.tokenizer = decoder, kv_pool, tokenizer
         self.most_running, self.most_waiting = most_running, most_waiting
         self.after_step: Callable[[], None] | None = None  # called in the computing thread
+        self.background: BackgroundPrefill | None = None  # runs prompts while others decode, if it can
         self.totals = Totals()
         self.step_began_s = 0.0  # perf_counter, of the last step
         self._recorder = recorder
@@ -99,6 +105,9 @@ class Scheduler:
         self._work = threading.Condition()  # guards what is waiting; notified when there is more, or a step
         self._waiting: deque[_Waiting] = deque()
         self._running: list[_Running] = []
+        self._in_background: list[_Running] = []  # whose tokens are in the chunk that runs there
+        self._left_behind: list[Any] = []  # KV caches of requests that are gone, which the chunk still uses
+        self._pace = _Pace()
         self._submitted = 0
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -282,13 +291,92 @@ class Scheduler:
 
     def _compute(self) -> None:
         self._make_room()
+        if self.background is not None and not self.background.is_active:
+            self._in_background = []
         decoding = [r for r in self._running if r.is_decoding]
-        prefilling = [r for r in self._running if not r.is_decoding]
-        if decoding:
-            together = decoding + self._short_prompts(prefilling, MOST_STEP_TOKENS - len(decoding))
-            self._forward([(r, r.pending) for r in together])
-        elif prefilling:
-            self._forward(_first_tokens(prefilling, PREFILL_CHUNK))
+        prefilling = [r for r in self._running if not r.is_decoding and r not in self._in_background]
+        if not decoding:
+            if self._in_background:
+                self._finish_background()
+            else:
+                self._forward(_first_tokens(prefilling, PREFILL_CHUNK))
+            return
+        short = self._short_prompts(prefilling, MOST_STEP_TOKENS - len(decoding))
+        prompts = [r for r in prefilling if r not in short]
+        if prompts and not self._in_background:
+            if self.background is None:
+                self._forward(_first_tokens(prompts, PREFILL_CHUNK))
+            else:
+                self._begin_in_background(prompts)
+        if self._in_background:
+            self._forward_beside_background(decoding + short)
+        else:
+            self._pace.alone(len(decoding), self._timed(decoding + short))
+
+    def _timed(self, running: list[_Running]) -> float:
+        """Run what is pending of each -> seconds."""
+        begin = time.perf_counter()
+        self._forward([(r, r.pending) for r in running])
+        return time.perf_counter() - begin
+
+    def _begin_in_background(self, prompts: list[_Running]) -> None:
+        assert self.background is not None
+        work = _first_tokens(prompts, PREFILL_CHUNK)
+        self.background.begin([Stretch(running.kv_cache, tokens) for running, tokens in work])
+        self._in_background = [running for running, _ in work]
+        for running in self._in_background:
+            running.recorder.step_begins()
+
+    def _forward_beside_background(self, running: list[_Running]) -> None:
+        """A step, with pieces of the chunk while it waits for the drive and in a slice behind it."""
+        background = self.background
+        assert background is not None
+        with background.in_waits():
+            seconds = self._timed(running)
+        background.run_for(self._pace.slice_s(len(running), seconds))
+        if background.is_done:
+            self._end_background()
+
+    def _finish_background(self) -> None:
+        """Nobody decodes any more."""
+        assert self.background is not None
+        self.background.hurry()
+
+        def check() -> None:
+            if all([running.request.poll() for running in self._in_background]):
+                raise _AllCancelled
+
+        try:
+            self.background.run_for(FINISHING_S, check)
+        except _AllCancelled:
+            self._give_background_up()
+            self._end_cancelled()
+            return
+        if self.background.is_done:
+            self._end_background()
+
+    def _end_background(self) -> None:
+        """The chunk is through, or failed."""
+        background, finished = self.background, self._in_background
+        assert background is not None
+        logits, error = background.result, background.error
+        self._give_background_up()
+        for i, running in enumerate(finished):
+            if running.kv_cache in self._left_behind:
+                continue
+            if error is not None:
+                self._end(running, "error", error)
+            elif logits is not None and running.kv_cache.length == len(running.request.tokens):
+                self._take(running, logits[i])
+        for kv_cache in self._left_behind:
+            self.kv_pool.keep(kv_cache)
+        self._left_behind.clear()
+
+    def _give_background_up(self) -> None:
+        """Its requests begin their chunk again, if it is not through."""
+        if self.background is not None:
+            self.background.end()
+        self._in_background = []
 
     def _short_prompts(self, prefilling: list[_Running], room: int) -> list[_Running]:
         chosen = []
@@ -305,7 +393,11 @@ class Scheduler:
             while running in self._running and not self.kv_pool.grow(
                 running.kv_cache, len(running.request.tokens)
             ):
-                self._preempt(self._running[-1])
+                others = [r for r in self._running if r not in self._in_background]
+                if others:
+                    self._preempt(others[-1])
+                else:
+                    self._give_background_up()
 
     def _preempt(self, running: _Running) -> None:
         """It begins again later: its tokens stay, their keys and values go."""
@@ -361,10 +453,30 @@ class Scheduler:
 
     def _leave(self, running: _Running, before_figures: Callable[[], None] | None = None) -> None:
         self._running.remove(running)
-        self.kv_pool.keep(running.kv_cache)
+        if running in self._in_background:  # a piece of work may still write to it
+            self._left_behind.append(running.kv_cache)
+        else:
+            self.kv_pool.keep(running.kv_cache)
         if before_figures is not None:
             before_figures()
         running.recorder.finish()
+
+
+class _Pace:
+    """How long a chunk in the background may hold a step up, from the time that steps take without one."""
+
+    def __init__(self) -> None:
+        self._alone_s: dict[int, float] = {}  # by the number of requests that decode
+
+    def alone(self, decoding: int, seconds: float) -> None:
+        """A step took so long with no chunk beside it."""
+        before = self._alone_s.get(decoding, seconds)
+        self._alone_s[decoding] = before + NEWEST * (seconds - before)
+
+    def slice_s(self, decoding: int, seconds: float) -> float:
+        """How long the chunk may go on behind a step that took `seconds` beside it."""
+        alone_s = self._alone_s.get(decoding, seconds / STRETCH)
+        return max(LEAST_SLICE * alone_s, STRETCH * alone_s - seconds)
 
 
 @dataclass(eq=False, slots=True)

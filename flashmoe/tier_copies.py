@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from flashmoe.copy_engine import CopyEngine, Ticket
-from flashmoe.expert_cache import CacheCounters, ExpertCache
+from flashmoe.expert_cache import ExpertCache
+from flashmoe.expert_slots import CacheCounters
 from flashmoe.weights import ExpertId
 from kernels.expert_ffn import Addresses
 

@@ -26,7 +26,7 @@ from torch import Tensor
 import flashmoe
 from flashmoe.config import ModelConfig, parse_model_config
 from flashmoe.engine import Engine
-from flashmoe.expert_cache import CacheCounters
+from flashmoe.expert_slots import CacheCounters
 from flashmoe.gpu_decoder import GpuDecoder
 from flashmoe.gpu_loader import slot_bytes
 from flashmoe.gpu_model import GpuModel

@@ -41,7 +41,8 @@ from cache_policies.residency import Residency
 from flashmoe import LLM
 from flashmoe.bench_text import BUILT_IN_TEXT, TokenText, read_prompts
 from flashmoe.config import PREDICTOR_NAMES, RunConfig
-from flashmoe.expert_cache import CacheCounters, ExpertCache
+from flashmoe.expert_cache import ExpertCache
+from flashmoe.expert_slots import CacheCounters
 from flashmoe.policies import build_policy
 from flashmoe.predictors import PREDICTORS
 from flashmoe.prefetch import Predictor, Prefetcher

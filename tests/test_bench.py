@@ -12,7 +12,7 @@ from flashmoe.bench import COLUMNS, DECODE_PREFIX, Bench, BenchResult, Repetitio
 from flashmoe.bench_text import BUILT_IN_TEXT, TokenText, read_prompts
 from flashmoe.config import RunConfig
 from flashmoe.errors import ConfigError, ContextError
-from flashmoe.expert_cache import CacheCounters
+from flashmoe.expert_slots import CacheCounters
 from flashmoe.loader import load_engine, open_model, plan_model
 
 
