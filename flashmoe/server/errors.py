@@ -28,6 +28,7 @@ _TYPES = {
     500: "server_error",
     503: "unavailable_error",
 }
+_TYPE_NAMES = ("bool", "int", "float", "str")
 
 
 class ApiError(HTTPException):
@@ -68,7 +69,7 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error))
         case FlashMoEError() | StorageError():
             return ApiError(500, str(error))
-    raise error
+    return ApiError(500, f"internal error ({type(error).__name__}); the server's log has the details")
 
 
 def install(app: FastAPI, note: Callable[[int], None]) -> None:
@@ -92,8 +93,7 @@ def install(app: FastAPI, note: Callable[[int], None]) -> None:
         return answer(_invalid(error.errors()))
 
     async def bug(_: Request, error: Exception) -> Response:
-        what = type(error).__name__
-        return answer(ApiError(500, f"internal error ({what}); the server's log has the details"))
+        return answer(api_error(error))
 
     app.add_exception_handler(FlashMoEError, known)
     app.add_exception_handler(StorageError, known)
@@ -103,12 +103,15 @@ def install(app: FastAPI, note: Callable[[int], None]) -> None:
 
 
 def _invalid(errors: Sequence[Any]) -> ApiError:
-    """The first of pydantic's complaints, on one line with the field's name."""
-    first = errors[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
+    """One of pydantic's complaints, on one line with the field's name."""
+    # Of a field with several types there is one for each: a value of the right type says most.
+    said = next((error for error in errors if not error["type"].endswith("_type")), errors[0])
+    where = [str(part) for part in said["loc"] if part != "body"]
     if not where:
-        hint = "; send application/json" if first["type"] == "model_attributes_type" else ""
-        return ApiError(400, f"the body is no JSON object that this path takes: {first['msg']}{hint}")
-    name = ".".join(where[:8])
-    message = str(first["msg"]).removeprefix("Value error, ")
+        hint = "; send application/json" if said["type"] == "model_attributes_type" else ""
+        return ApiError(400, f"the body is no JSON object that this path takes: {said['msg']}{hint}")
+    # pydantic names types among the fields: stop.list[constrained-str].0
+    fields = [part for part in where[:8] if part.isdigit() or part.isidentifier()]
+    name = ".".join(part for part in fields if part not in _TYPE_NAMES)
+    message = str(said["msg"]).removeprefix("Value error, ")
     return ApiError(400, f"{name}: {message[:300]}", where[0])

@@ -31,6 +31,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # The page and what says no more than that we are alive; it asks for the key itself.
 _KEYED = ("/v1/", "/metrics", "/tokenize", "/detokenize")
 _OPEN = ("/v1/health",)
+_DISCARDED, _DISCARD_S = 8, 1.0  # times the largest body; at most so long
 _READING = ("GET", "HEAD")
 
 
@@ -65,6 +66,7 @@ class Guard:
             self._check(scope["method"], scope["path"], Headers(scope=scope))
             body = await self._body(Headers(scope=scope), receive)
         except ApiError as error:
+            await self._discard(receive)
             headers = {**(error.headers or {}), "Connection": "close"}  # the rest of the body is not read
             await JSONResponse(error.body(), error.status_code, headers)(scope, receive, guarded)
             return
@@ -92,6 +94,20 @@ class Guard:
                 401, "give the server's API key: Authorization: Bearer KEY", code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
+
+    async def _discard(self, receive: Receive) -> None:
+        """Read what is left of a refused body, within reason: a client that still sends when the connection
+        closes never sees the answer."""
+        left = _DISCARDED * self._limits.body_bytes
+        try:
+            async with asyncio.timeout(_DISCARD_S):
+                more = True
+                while more and left > 0:
+                    message = await receive()
+                    left -= len(message.get("body", b""))
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            pass
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
         """The whole body; None if the client left in the middle of it."""
