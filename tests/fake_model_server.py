@@ -1,4 +1,4 @@
-"""A server with scripted answers and figures that change, in front of the real page and under its real headers."""
+"""Scripted answers and figures that change, behind the real page under its real headers."""
 
 import asyncio
 import json
@@ -134,22 +134,25 @@ class FakeModel:
         at = self.pieces
         rows = [(((1 << 20) - 1) << (at + 3 * layer) % 13) & (1 << EXPERTS) - 1 for layer in range(LAYERS)]
         recent = [
-            {"hits": 80 + i % 7, "misses": 16 - i % 7, "bytes": 9 << 20, "tokens": 1, "stall_s": 0.01, "step_s": 0.04}
+            {"hits": 80 + i % 7, "misses": 16 - i % 7, "bytes": 9 << 20, "tokens": 1, "stall_s": 0.01,
+             "step_s": 0.04}
             for i in range(max(0, at - 120), at)
         ]  # fmt: skip
         busy = self.running > 0
         return {
             "model": "fake-moe", "policy": "learned", "uptime_s": 100.0 + at,
-            "requests": {"running": self.running, "waiting": 0, "queue_limit": 64, "finished": len(self.requests),
-                         "cancelled": self.cancelled, "failed": 0},
+            "requests": {"running": self.running, "waiting": 0, "queue_limit": 64,
+                         "finished": len(self.requests), "cancelled": self.cancelled, "failed": 0},
             "tokens": {"prompt": 20, "cached": 12, "generated": at, "per_s": 24.5 if at else 0.0},
-            "cache": {"tier": "RAM", "layers": list(range(LAYERS)), "experts": EXPERTS, "top_k": 8, "slots": 256,
-                      "resident": [f"{row:08x}" for row in rows], "hits": 80 * at, "misses": 16 * at,
+            "cache": {"tier": "RAM", "layers": list(range(LAYERS)), "experts": EXPERTS, "top_k": 8,
+                      "slots": 256, "resident": [f"{row:08x}" for row in rows],
+                      "hits": 80 * at, "misses": 16 * at,
                       "hit_rate": 0.83 if at else 0.0, "recent": recent},
-            "drive": {"mb_per_s": 740.0 if busy else 0.0, "probed_mb_per_s": 2100.0, "bytes_read": at * (9 << 20),
-                      "stall_s": at * 0.01},
-            "memory": {"rss_bytes": (600 << 20) + at * 1000, "peak_rss_bytes": 690 << 20, "ram_budget_bytes": 712 << 20,
-                       "parts": [["process", 350 << 20], ["dense weights", 120 << 20], ["expert slots", 200 << 20]]},
+            "drive": {"mb_per_s": 740.0 if busy else 0.0, "probed_mb_per_s": 2100.0,
+                      "bytes_read": at * (9 << 20), "stall_s": at * 0.01},
+            "memory": {"rss_bytes": (600 << 20) + at * 1000, "peak_rss_bytes": 690 << 20,
+                       "ram_budget_bytes": 712 << 20,
+                       "parts": [["process", 350 << 20], ["expert slots", 200 << 20]]},
             "kv": {"tokens_used": 32 + at, "tokens_total": 8192},
         }  # fmt: skip
 
@@ -162,10 +165,11 @@ def _event(delta: dict[str, Any], finish_reason: str | None = None) -> str:
 @contextmanager
 def serving(app: Any) -> Iterator[str]:
     """An application on a port of its own, in a thread; gives its address."""
-    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="error", timeout_graceful_shutdown=2))
+    config = uvicorn.Config(app, "127.0.0.1", 0, log_level="error", timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
     ready = threading.Event()
-    server.config.load()
-    server.lifespan = server.config.lifespan_class(server.config)
+    config.load()
+    server.lifespan = config.lifespan_class(config)
     thread = threading.Thread(target=lambda: asyncio.run(_serve(server, ready)), daemon=True)
     thread.start()
     assert ready.wait(30)

@@ -13,21 +13,40 @@ import pytest
 
 pytest.importorskip("playwright", reason="playwright is not installed; see `make install`")
 
+from conftest import find_browser
 from fake_model_server import FakeModel, serving
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
-from conftest import find_browser
-
 if TYPE_CHECKING:
-    from flashmoe import LLM
+    pass
 
 pytestmark = pytest.mark.browser
+expect.set_options(timeout=20_000)  # a busy machine is slow, not wrong
 
 PHONE: dict[str, Any] = {
     "viewport": {"width": 375, "height": 740}, "is_mobile": True, "has_touch": True, "device_scale_factor": 2,
 }  # fmt: skip
-# A refused request is an error in the console whatever the page does about it.
-REFUSED = "Failed to load resource: the server responded with a status of 4"
+# A refused request, or one that a test cuts off, is an error in the console whatever the page does about it.
+REFUSED = (
+    "Failed to load resource: the server responded with a status of 4",
+    "Failed to load resource: net::ERR_FAILED",
+)
+
+# Of the focused element: what it is called ("" where nothing is focused), and how that is shown.
+FOCUSED = """(() => {
+    const e = document.activeElement;
+    return e === document.body ? "" : e.getAttribute("aria-label") || e.innerText || e.id;
+})()"""
+FOCUS_RING = """(() => {
+    const e = document.activeElement;
+    return getComputedStyle(e).outlineStyle + getComputedStyle(e.parentElement).boxShadow;
+})()"""
+HANDLERS = """(root) => [...root.querySelectorAll("*")]
+    .flatMap((e) => e.getAttributeNames()).filter((name) => name.startsWith("on"))"""
+TOO_WIDE = """[...document.querySelectorAll("main, main > *")]
+    .filter((e) => e.scrollWidth > e.clientWidth + 1 && !e.matches(".unseen, .keys")).map((e) => e.id)"""
+MOVING = """[...document.querySelectorAll("*")]
+    .filter((e) => getComputedStyle(e).animationName !== "none").length"""
 
 NewPage = Callable[..., Page]
 
@@ -54,7 +73,7 @@ def served() -> Iterator[tuple[FakeModel, str]]:
 def fake(served: tuple[FakeModel, str]) -> FakeModel:
     fake, _ = served
     fake.requests.clear()
-    fake.cancelled = 0
+    fake.cancelled = fake.pieces = 0
     return fake
 
 
@@ -81,7 +100,7 @@ def new_page(browser: Browser) -> Iterator[NewPage]:
         page = context.new_page()
         page.set_default_timeout(20_000)
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda line: wrong.append(line.text) if line.type in ("error", "warning") else None)
+        page.on("console", lambda line: line.type in ("error", "warning") and wrong.append(line.text))
         page.goto(url)
         expect(page.get_by_label("Message", exact=True)).to_be_visible()
         return page
@@ -166,11 +185,11 @@ def test_what_a_hostile_model_writes_does_no_harm(page: Page) -> None:
     answer = finished(ask(page, "hostile"))
     expect(answer).to_contain_text("The end.")
     expect(answer).to_contain_text("<script>window.harmed = 1</script>")  # as text
-    answer.locator("a").evaluate_all("links => links.forEach((link) => link.dispatchEvent(new Event('mouseover')))")
+    hover = "links => links.forEach((link) => link.dispatchEvent(new Event('mouseover')))"
+    answer.locator("a").evaluate_all(hover)
     assert page.evaluate("window.harmed") is None
     assert answer.locator("script, img, iframe, style, form, input, svg, object, [id], [style]").count() == 0
-    handlers = "(root) => [...root.querySelectorAll('*')].flatMap((e) => e.getAttributeNames()).filter((n) => n.startsWith('on'))"
-    assert answer.evaluate(handlers) == []
+    assert answer.evaluate(HANDLERS) == []
     links = answer.locator("a[href]").evaluate_all("links => links.map((link) => link.protocol)")
     assert set(links) == {"https:"}
 
@@ -268,7 +287,7 @@ def test_the_heat_map_can_be_read_as_a_table(page: Page) -> None:
     rows = page.locator("#residency-rows tr")
     expect(rows).to_have_count(12)
     expect(rows.first).to_have_text(re.compile("0.*20 of 32.*63 %"))
-    expect(page.locator("#heat-map")).to_have_attribute("aria-label", re.compile("12 layers of 32 experts: 240 of 384"))
+    expect(page.get_by_role("img", name="12 layers of 32 experts: 240 of 384")).to_be_visible()
 
 
 @pytest.mark.parametrize(
@@ -359,22 +378,21 @@ def test_all_can_be_done_by_keyboard(page: Page, fake: FakeModel) -> None:
     keyboard.press("Escape")
     finished(page.locator("article.answer"))
     page.reload()
-    page.locator("body").evaluate("() => document.activeElement.blur()")
+    page.get_by_role("link", name="Skip to the message box").focus()
     reached = []
-    for _ in range(30):
-        keyboard.press("Tab")
-        reached.append(page.evaluate("document.activeElement.getAttribute('aria-label') || document.activeElement.innerText || document.activeElement.id"))
-        ring = page.evaluate("getComputedStyle(document.activeElement).outlineStyle + getComputedStyle(document.activeElement.parentElement).boxShadow")
-        assert ring != "nonenone", f"no visible focus on {reached[-1]}"
-    for name in ("Settings", "Dark colours", "New conversation", "slow", "Rename slow", "Delete slow", "Regenerate", "Send"):
+    while (keyboard.press("Tab"), name := page.evaluate(FOCUSED))[1]:
+        reached.append(name)
+        assert page.evaluate(FOCUS_RING) != "nonenone", f"no visible focus on {name}"
+    tools = ("New conversation", "slow", "Rename slow", "Delete slow")
+    for name in ("Settings", "Dark colours", *tools, "Regenerate", "Send", "By layer, as a table"):
         assert name in reached, f"{name} is not reached: {reached}"
     assert reached.index("New conversation") < reached.index("Regenerate") < reached.index("Send")
 
 
 def test_the_skip_link_leads_to_the_message_box(page: Page) -> None:
-    page.evaluate("document.activeElement.blur()")
-    page.keyboard.press("Tab")
-    expect(page.get_by_role("link", name="Skip to the message box")).to_be_focused()
+    assert page.evaluate("document.querySelector('a, button, input').className") == "skip"  # Tab's first stop
+    page.get_by_role("link", name="Skip to the message box").focus()
+    expect(page.get_by_role("link", name="Skip to the message box")).to_be_in_viewport()
     page.keyboard.press("Enter")
     expect(page.get_by_label("Message", exact=True)).to_be_focused()
 
@@ -384,7 +402,8 @@ def test_answers_are_announced_by_the_block_and_not_by_the_token(page: Page) -> 
         """() => {
             window.told = [];
             new MutationObserver((changes) => {
-              for (const { addedNodes } of changes) for (const node of addedNodes) window.told.push(node.textContent);
+              for (const change of changes)
+                for (const node of change.addedNodes) window.told.push(node.textContent);
             }).observe(document.getElementById("announcer"), { childList: true });
         }"""
     )
@@ -399,9 +418,8 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(
 ) -> None:
     page = new_page(served[1], **PHONE)
     sideways = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-    hidden = "[...document.querySelectorAll('main, main > *')].filter((e) => e.scrollWidth > e.clientWidth + 1 && !e.matches('.unseen, .keys')).map((e) => e.id)"
     finished(ask(page, "wide"))
-    assert page.evaluate(sideways) == 0 and page.evaluate(hidden) == []
+    assert page.evaluate(sideways) == 0 and page.evaluate(TOO_WIDE) == []
     expect(page.get_by_role("complementary")).to_be_hidden()
     page.locator("#figures-strip").click()
     expect(page.get_by_role("complementary", name="Cache at work")).to_be_visible()
@@ -417,10 +435,10 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(
 
 def test_the_newest_line_is_followed_unless_the_reader_has_gone_up(page: Page) -> None:
     finished(ask(page, "long"))
-    expect(page.get_by_text("Paragraph 59")).to_be_in_viewport()
+    expect(page.locator("article.answer").get_by_text("Paragraph 59")).to_be_in_viewport()
     page.locator("#transcript").evaluate("(e) => (e.scrollTop = 0)")
     page.get_by_role("button", name="To the newest").click()
-    expect(page.get_by_text("Paragraph 59")).to_be_in_viewport()
+    expect(page.locator("article.answer").get_by_text("Paragraph 59")).to_be_in_viewport()
     expect(page.get_by_role("button", name="To the newest")).to_be_hidden()
 
 
@@ -444,8 +462,7 @@ def test_dark_and_light_follow_the_system_until_the_button_says_otherwise(
 def test_nothing_moves_for_those_who_want_it_still(served: tuple[FakeModel, str], new_page: NewPage) -> None:
     page = new_page(served[1], reduced_motion="reduce")
     expect(ask(page, "slow")).to_contain_text("word3")
-    moving = "[...document.querySelectorAll('*')].filter((e) => getComputedStyle(e).animationName !== 'none').length"
-    assert page.evaluate(moving) == 0
+    assert page.evaluate(MOVING) == 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -473,8 +490,10 @@ def test_axe_finds_nothing_to_complain_about(
 
 
 def complaints(page: Page) -> list[str]:
+    # Not the order of headings: that is the model's.
     tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
-    found = page.evaluate("(tags) => axe.run({ runOnly: tags })", tags)
+    options = {"runOnly": tags, "rules": {"heading-order": {"enabled": False}}}
+    found = page.evaluate("(options) => axe.run(options)", options)
     return [
         f"{violation['id']}: {node['html']} ({node['failureSummary']})"
         for violation in found["violations"]
