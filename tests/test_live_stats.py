@@ -63,6 +63,22 @@ def test_each_step_is_kept_and_only_the_last_120(llm: LLM) -> None:
     assert figures["cache"]["hit_rate"] > 0.9  # all eight experts of each layer fit
 
 
+def test_what_was_served_is_counted(llm: LLM) -> None:
+    live = LiveStats(llm)
+    first = llm.generate(PROMPT, max_tokens=5)
+    llm.generate(PROMPT, max_tokens=5)  # the keys and values of its prompt are still there
+    figures = live.snapshot()
+    assert figures["requests"] == {
+        "running": 0, "waiting": 0, "queue_limit": llm.scheduler.most_waiting,
+        "finished": 2, "cancelled": 0, "failed": 0,
+    }  # fmt: skip
+    prompt = first.stats.prompt_tokens
+    assert figures["tokens"]["prompt"] == 2 * prompt
+    assert figures["tokens"]["cached"] == prompt - 1  # the last token's logits are needed
+    assert figures["tokens"]["generated"] == 10
+    assert 0 < figures["kv"]["tokens_used"] <= figures["kv"]["tokens_total"]
+
+
 def test_whoever_listened_to_steps_before_still_does(llm: LLM) -> None:
     heard: list[int] = []
     llm.scheduler.after_step = lambda: heard.append(1)

@@ -5,6 +5,9 @@ Everything the page says is found by role and name, as a screen reader would fin
 
 import os
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -487,6 +490,65 @@ def test_axe_finds_nothing_to_complain_about(
         page.locator("#figures-strip").click()
         expect(page.get_by_role("complementary")).to_be_visible()
         assert complaints(page) == []
+
+
+@pytest.fixture(scope="module")
+def demo_url() -> Iterator[str]:
+    """`flashmoe serve` with the demo model in less memory than its weights."""
+    command = [sys.executable, "-m", "flashmoe", "serve", "--ram-budget", "712M", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said: list[str] = []
+        for line in process.stderr:
+            said.append(line)
+            if match := re.search(r"http://\S+:\d+/", line):
+                break
+        else:
+            pytest.fail("".join(said))
+        reading = threading.Thread(target=lambda: said.extend(process.stderr or []))
+        reading.start()
+        yield match[0]
+        process.terminate()
+        process.wait(60)
+        reading.join(10)
+
+
+@pytest.mark.demo
+def test_the_demo_model_answers_and_its_cache_is_seen_at_work(demo_url: str, new_page: NewPage) -> None:
+    page = new_page(demo_url, viewport={"width": 1360, "height": 860})
+    expect(page.locator("#model")).to_have_text("smolmoe")
+    expect(page.locator("#residency-summary")).to_contain_text("0 of 1,440 experts")
+    before = pixels(page, "heat-map")
+    set_up(page, Temperature="0", Most_tokens="120")
+    answer = ask(page, "What is the capital of France?")
+    expect(answer).to_contain_text("Paris", timeout=120_000)
+    expect(page.locator("#residency-summary")).to_contain_text(re.compile(r"2\d\d of 1,440 experts"))
+    expect(page.get_by_role("button", name="Send")).to_be_visible(timeout=120_000)
+    expect(answer).to_contain_text("tokens/s")
+    assert pixels(page, "heat-map") != before
+    ram = page.get_by_role("meter", name="RAM, beside the budget")
+    used, budget = (int(ram.get_attribute(name) or 0) for name in ("aria-valuenow", "aria-valuemax"))
+    assert 0 < used <= budget == 712 << 20
+    again = ask(page, "And of Italy?")
+    expect(again).to_contain_text(re.compile(r"\d+ of \d+ prompt tokens reused"), timeout=120_000)
+
+
+@pytest.mark.demo
+@pytest.mark.skipif("FLASHMOE_SCREENSHOTS" not in os.environ, reason="`make screenshots` makes them")
+@pytest.mark.parametrize("name", ["desktop", "dark", "phone", "phone-cache"])
+def test_the_documents_pictures_are_of_the_demo_model(name: str, demo_url: str, new_page: NewPage) -> None:
+    scheme = "dark" if name == "dark" else "light"
+    desktop = {"viewport": {"width": 1360, "height": 860}, "color_scheme": scheme}
+    page = new_page(demo_url, **(PHONE if name.startswith("phone") else desktop))
+    set_up(page, Temperature="0", Most_tokens="160")
+    answer = ask(page, "What is the capital of France?")
+    expect(page.get_by_role("button", name="Send")).to_be_visible(timeout=120_000)
+    answer = ask(page, "Write a recipe for pancakes, with a list of ingredients.")
+    expect(answer).to_contain_text(re.compile("[^ ]+ " * 60), timeout=120_000)
+    if name == "phone-cache":
+        page.locator("#figures-strip").click()
+        expect(page.locator("#recent-chart")).to_be_in_viewport()
+    page.screenshot(path=Path(os.environ["FLASHMOE_SCREENSHOTS"], f"web-{name}.png"))
 
 
 def complaints(page: Page) -> list[str]:

@@ -44,9 +44,8 @@ class LiveStats:
         self._lock = threading.Lock()
         self._layers = [layer for layer, is_moe in enumerate(llm.config.moe_layers) if is_moe]
         self._steps: deque[tuple[float, Step]] = deque(maxlen=STEPS)  # when it ended, and what it did
-        self._end_s = time.perf_counter()
         self._counters = llm.expert_cache.counters.snapshot()
-        self._tokens = self._generated()
+        self._tokens = llm.scheduler.totals.generated_tokens
         self._follows, llm.scheduler.after_step = llm.scheduler.after_step, self.note_step
         self._look()
 
@@ -54,16 +53,15 @@ class LiveStats:
         """A step has ended; called in the computing thread."""
         if self._follows is not None:
             self._follows()
-        now, tokens = time.perf_counter(), self._generated()
-        counters = self._llm.expert_cache.counters.snapshot()
-        begin = max(self._end_s, getattr(self._llm.scheduler, "step_began_s", self._end_s))
-        did = counters - self._counters
-        new = tokens - self._tokens if tokens is not None and self._tokens is not None else 1
-        step = Step(did.hits, did.misses, did.bytes_read, new, did.stall_s, now - begin)
+        scheduler, now = self._llm.scheduler, time.perf_counter()
+        counters, tokens = self._llm.expert_cache.counters.snapshot(), scheduler.totals.generated_tokens
+        did, new = counters - self._counters, tokens - self._tokens
+        step = Step(did.hits, did.misses, did.bytes_read, new, did.stall_s, now - scheduler.step_began_s)
         with self._lock:
-            self._steps.append((now, step))
-            self._end_s, self._counters, self._tokens = now, counters, tokens
-        if now - self._looked_s >= LOOK_EVERY_S or not self._llm.scheduler.running:
+            if step.hits or step.misses:  # not one that only saw somebody off
+                self._steps.append((now, step))
+            self._counters, self._tokens = counters, tokens
+        if now - self._looked_s >= LOOK_EVERY_S or not scheduler.running:
             self._look()  # also when nobody is left: no step may come for hours
 
     def snapshot(self) -> dict[str, Any]:
@@ -78,7 +76,7 @@ class LiveStats:
         recent = [step for _, step in steps]
         lately = [step for end, step in steps if end > time.perf_counter() - RATE_S]
         asked = sum(step.hits + step.misses for step in recent)
-        totals = getattr(llm.scheduler, "totals", None)
+        totals = llm.scheduler.totals
         return {
             "model": self._model,
             "policy": llm.expert_cache.policy.name,
@@ -87,10 +85,14 @@ class LiveStats:
                 "running": llm.scheduler.running,
                 "waiting": llm.scheduler.waiting,
                 "queue_limit": llm.scheduler.most_waiting,
-                **{name: getattr(totals, name, 0) for name in ("finished", "cancelled", "failed")},
+                "finished": totals.finished,
+                "cancelled": totals.cancelled,
+                "failed": totals.failed,
             },
             "tokens": {
-                **{name: getattr(totals, f"{name}_tokens", 0) for name in ("prompt", "cached", "generated")},
+                "prompt": totals.prompt_tokens,
+                "cached": totals.cached_tokens,
+                "generated": totals.generated_tokens,
                 "per_s": _per_second((s.tokens for s in _last_seconds(recent)), _last_seconds(recent)),
             },
             "cache": {
@@ -117,17 +119,13 @@ class LiveStats:
                 "ram_budget_bytes": plan.budget_bytes,
                 "parts": _parts(llm),
             },
-            "kv": _kv_tokens(llm),
+            "kv": {"tokens_used": llm.kv_pool.used_tokens, "tokens_total": llm.kv_pool.total_tokens},
         }
 
     def _look(self) -> None:
         resident = bitmaps(self._llm.expert_cache.resident, len(self._layers), self._llm.config.num_experts)
         with self._lock:
             self._resident, self._looked_s = resident, time.perf_counter()
-
-    def _generated(self) -> int | None:
-        totals = getattr(self._llm.scheduler, "totals", None)
-        return None if totals is None else totals.generated_tokens
 
 
 def bitmaps(resident: Iterable[ExpertId], layers: int, experts: int) -> list[str]:
@@ -166,12 +164,3 @@ def _parts(llm: "LLM") -> list[list[str | int]]:
         "expert slots": plan.slots_bytes,
     }
     return [[name, nbytes] for name, nbytes in parts.items() if nbytes]
-
-
-def _kv_tokens(llm: "LLM") -> dict[str, int]:
-    """Tokens whose keys and values are kept, and how many there is room for."""
-    pool = getattr(llm, "kv_pool", None)
-    return {
-        "tokens_used": getattr(pool, "used_tokens", 0),
-        "tokens_total": getattr(pool, "total_tokens", llm.plan.context),
-    }
