@@ -1,0 +1,115 @@
+"""Constraints: what may be said next is what the schema allows, and hostile schemas are refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flashmoe.constraints import GrammarConstraint, GrammarError, Grammars, depth_of
+from flashmoe.errors import FlashMoEError
+from flashmoe.tokenizer import Tokenizer
+
+VOCAB = 330  # more than the tokenizer knows, as in padded vocabularies
+EITHER: dict[str, Any] = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["a", "b"]}, "size": {"type": "integer"}},
+    "required": ["kind", "size"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Tokenizer:
+    return Tokenizer(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def grammars(tokenizer: Tokenizer) -> Grammars:
+    return Grammars(tokenizer, VOCAB)
+
+
+def write(constraint: GrammarConstraint, tokenizer: Tokenizer, seed: int, most: int = 200) -> str:
+    """Whatever is allowed, chosen at random; the end as soon as it may come."""
+    random, ids = np.random.default_rng(seed), []  # type: ignore[var-annotated]
+    while not constraint.is_complete and len(ids) < most:
+        allowed = constraint.allowed()
+        assert allowed is not None and allowed.shape == (VOCAB,) and not allowed[320:].any()
+        choices = np.flatnonzero(allowed)
+        ending = [id for id in choices if id in tokenizer.eos_token_ids]
+        token = int(ending[0] if ending else random.choice(choices))
+        constraint.accept(token)
+        ids.append(token)
+    return tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_is_chosen_follows_the_schema(grammars: Grammars, tokenizer: Tokenizer, seed: int):
+    constraint = grammars.schema(EITHER)
+    text = write(constraint, tokenizer, seed)
+    value = json.loads(text)
+    assert value["kind"] in ("a", "b") and isinstance(value["size"], int)
+    assert text == json.dumps(value), "one style, and no room for endless space"
+
+
+def test_a_complete_answer_says_so(grammars: Grammars, tokenizer: Tokenizer):
+    constraint = grammars.schema({"const": "a"})
+    for id in tokenizer.encode('"a"'):
+        assert not constraint.is_complete
+        constraint.accept(id)
+    assert constraint.is_complete
+
+
+def test_any_object_begins_with_a_brace(grammars: Grammars, tokenizer: Tokenizer):
+    allowed = grammars.any_object().allowed()
+    assert allowed is not None
+    assert {tokenizer.token_text(int(id))[0] for id in np.flatnonzero(allowed)} == {"{"}
+
+
+def test_a_copy_goes_its_own_way(grammars: Grammars, tokenizer: Tokenizer):
+    constraint = grammars.schema(EITHER)
+    assert write(constraint.copy(), tokenizer, 1) == write(constraint.copy(), tokenizer, 1)
+    assert not constraint.is_complete
+
+
+def test_a_token_that_was_not_allowed_is_an_error(grammars: Grammars, tokenizer: Tokenizer):
+    with pytest.raises(FlashMoEError, match="refuses token"):
+        grammars.schema(EITHER).accept(tokenizer.encode("x")[0])
+
+
+@pytest.mark.parametrize(
+    "schema, message",
+    [
+        ({"type": "nope"}, "Invalid type"),
+        ({"$ref": "http://127.0.0.1:1/schema.json"}, "cannot be used"),
+        ({"type": "string", "pattern": "("}, "regex"),
+        ({"not": {"type": "string"}}, "Unimplemented"),
+        ({"allOf": [{"type": "string"}, {"type": "number"}]}, "Unsatisfiable"),
+        ({"enum": ["x" * 70_000]}, "70,?.*characters|characters, the most is"),
+    ],
+)
+def test_a_schema_that_cannot_be_followed_is_an_error(grammars: Grammars, schema: Any, message: str):
+    with pytest.raises(GrammarError, match=message):
+        grammars.schema(schema)
+
+
+def test_a_schema_that_is_too_deep_is_refused_before_anything_recurses(grammars: Grammars):
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(900):
+        schema = {"type": "object", "properties": {"a": schema}}
+    with pytest.raises(GrammarError, match="nested deeper than 32"):
+        grammars.schema(schema)
+
+
+def test_depth_is_counted_in_lists_and_objects():
+    assert [depth_of(v, 9) for v in (1, [], [1], {"a": [1]}, [[[]]])] == [0, 1, 1, 2, 3]
+
+
+def test_a_grammar_that_costs_too_much_ends_with_an_error_not_with_a_hang(
+    grammars: Grammars, tokenizer: Tokenizer
+):
+    """llguidance counts what a step costs."""
+    constraint = grammars.schema({"type": "string", "pattern": "^(([a-z]{1,200}){1,200}x){1,200}$"})
+    with pytest.raises(FlashMoEError, match="too complex"):
+        write(constraint, tokenizer, 0, most=400)

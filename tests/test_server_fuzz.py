@@ -1,0 +1,20 @@
+"""Requests made from the API's own description, allowed ones and others: every answer is a documented one."""
+
+from pathlib import Path
+
+import pytest
+from servers import serving
+
+from flashmoe import LLM
+from scripts.fuzz_api import fuzz
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of schemathesis' parts
+def test_no_request_makes_a_server_error_or_an_undocumented_answer(tiny_model: Path):
+    with LLM(tiny_model, ram_budget="8G", context=64) as llm, serving(llm) as server:
+        report = fuzz(server.url, 300)
+        assert server.chat(max_tokens=2)[0] == 200, "and the server is well"
+    assert report.cases >= 200
+    assert report.failures == [], report.failures[0]
+    assert report.server_errors == 0
+    assert {200, 400} <= set(report.statuses["/v1/chat/completions"])
