@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Smaller than the demo model (714 MiB on disk), interpreter and torch included; `flashmoe plan` shows the parts.
 DEMO_BUDGET ?= 712M
 
-.PHONY: demo test test-gpu check install browser screenshots rebuild clean
+.PHONY: demo test test-gpu test-ray check install browser screenshots rebuild clean
 demo: $(VENV)/.installed
 	$(BIN)/flashmoe run --ram-budget $(DEMO_BUDGET) --temperature 0 --prompt "What is the capital of France?"
 
@@ -15,6 +15,19 @@ test: check browser
 # Where torch sees an NVIDIA GPU: the kernels themselves instead of Triton's interpreter, and what needs their speed.
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_triton_*.py tests/test_gpu_*.py tests/test_copy_engine.py tests/test_vram_*.py
+
+# Ray brings 50 packages, pandas and pyarrow among them, which others import where they find them: it gets an environment
+# of its own above the first.
+test-ray: $(VENV)-ray/.installed
+	$(VENV)-ray/bin/python -m pytest tests/test_ray.py
+
+$(VENV)-ray/.installed: $(VENV)/.installed constraints-ray.txt
+	$(PYTHON) -m venv $(VENV)-ray
+	below=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+	above=$$($(VENV)-ray/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+	echo "import site; site.addsitedir('$$below')" > "$$above/below.pth"
+	$(VENV)-ray/bin/python -m pip install --quiet -c constraints.txt -c constraints-ray.txt "ray[serve,data]"
+	touch $@
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -54,4 +67,4 @@ rebuild: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt -e .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-ray build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
