@@ -540,11 +540,9 @@ def test_the_documents_pictures_are_of_the_demo_model(name: str, demo_url: str, 
     scheme = "dark" if name == "dark" else "light"
     desktop = {"viewport": {"width": 1360, "height": 860}, "color_scheme": scheme}
     page = new_page(demo_url, **(PHONE if name.startswith("phone") else desktop))
-    set_up(page, Temperature="0", Most_tokens="160")
-    answer = ask(page, "What is the capital of France?")
-    expect(page.get_by_role("button", name="Send")).to_be_visible(timeout=120_000)
-    answer = ask(page, "Write a recipe for pancakes, with a list of ingredients.")
-    expect(answer).to_contain_text(re.compile("[^ ]+ " * 60), timeout=120_000)
+    set_up(page, Temperature="0")
+    answer = ask(page, "Write a Python function that adds two numbers.")
+    expect(answer).to_contain_text("However", timeout=120_000)
     if name == "phone-cache":
         page.locator("#figures-strip").click()
         expect(page.locator("#recent-chart")).to_be_in_viewport()

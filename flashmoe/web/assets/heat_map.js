@@ -5,7 +5,7 @@ import { percent, whole } from "./numbers.js";
 
 const FADE_MS = 2500;
 const FRAME_MS = 50;
-const TALLEST = 300; // pixels
+const TALLEST = 250; // pixels
 const CELL = { least: 2, most: 11 };
 
 export class HeatMap {

@@ -1,10 +1,10 @@
 // One bar a step: the share of its experts that were found in memory.
 
 import { byId, setText } from "./dom.js";
-import { percent, whole } from "./numbers.js";
+import { amount, percent, whole } from "./numbers.js";
 
 const BARS = 120;
-const HEIGHT = 56;
+const HEIGHT = 48;
 
 export class RecentChart {
   constructor() {
@@ -17,10 +17,10 @@ export class RecentChart {
     this.steps = recent;
     const last = recent.at(-1);
     const text = last
-      ? `Last step: ${whole(last.hits)} hits, ${whole(last.misses)} misses. ${percent(hitRate)} hits in ${whole(recent.length)} steps.`
+      ? `Last step: ${whole(last.hits)} hits, ${whole(last.misses)} misses, ${amount(last.bytes)} read.`
       : "No step yet.";
     setText(byId("recent-summary"), text);
-    this.canvas.setAttribute("aria-label", text);
+    this.canvas.setAttribute("aria-label", `Hits and misses of ${whole(recent.length)} steps: ${percent(hitRate)} hits. ${text}`);
     this.draw();
   }
 

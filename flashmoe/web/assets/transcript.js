@@ -4,6 +4,7 @@ import { byId, element } from "./dom.js";
 import { MarkdownView, copyText } from "./markdown.js";
 import { duration, perSecond, whole } from "./numbers.js";
 
+const TOLD_MS = 20000; // then what was announced goes: it can be read where it stands
 const NEAR_END = 80; // pixels: whoever is that near wants to follow
 
 const ACTIONS = { retry: "Try again", key: "Enter the key", settings: "Open settings", new: "New conversation" };
@@ -60,9 +61,7 @@ export class Transcript {
   }
 
   drawFoot(view, message) {
-    if (message.state === "running") return view.foot.replaceChildren();
-    if (view.footState === message) return;
-    view.footState = message;
+    if (message.state === "running" || view.foot.hasChildNodes()) return;
     view.foot.replaceChildren(...footOf(message, this.act));
   }
 
@@ -96,7 +95,7 @@ function answerTurn(message) {
   const announcer = byId("announcer");
   const isNew = message.state === "running";
   if (isNew) announcer.replaceChildren();
-  const view = new MarkdownView(body, (text) => isNew && announcer.append(element("p", { textContent: text })));
+  const view = new MarkdownView(body, (text) => isNew && announce(announcer, text));
   const draw = () => {
     const isOver = message.state !== "running";
     root.classList.toggle("running", !isOver);
@@ -106,6 +105,12 @@ function answerTurn(message) {
     view.show(message.content, isOver);
   };
   return { root, foot, draw };
+}
+
+function announce(announcer, text) {
+  const told = element("p", { textContent: text });
+  announcer.append(told);
+  setTimeout(() => told.remove(), TOLD_MS);
 }
 
 function footOf(message, act) {
