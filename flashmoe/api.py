@@ -7,13 +7,16 @@ for piece in chat.stream("Hello"):
 print(chat.stats)
 """
 
+import asyncio
 import json
+import shutil
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -22,16 +25,22 @@ from flashmoe.budget import BudgetPlan
 from flashmoe.config import PREDICTOR_NAMES, RunConfig
 from flashmoe.decoder import Decoder
 from flashmoe.errors import ConfigError, FlashMoEError
-from flashmoe.generation import Piece
+from flashmoe.generation import GenerationRequest, Piece
 from flashmoe.kv_cache import KVPool, OneSequence
 from flashmoe.learning import Learning
 from flashmoe.loader import load_engine, open_cache, open_model, open_prefetcher, plan_model, share_slots
 from flashmoe.model_source import Progress, find_model
+from flashmoe.progress_bar import progress_bar
 from flashmoe.recorder import Recorder
 from flashmoe.sampler import SamplingParams
 from flashmoe.scheduler import Scheduler
+from flashmoe.session_store import SessionStore, fingerprint
+from flashmoe.sizes import parse_size
 from flashmoe.stats import GenerationStats
 from kernels.native import make_context
+
+# Plain text, or a conversation: a list of {"role", "content"}.
+Prompt = str | Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,11 @@ class Generation:
     token_ids: list[int]
     finish_reason: str
     stats: GenerationStats
+
+    @classmethod
+    def of(cls, stats: GenerationStats) -> "Generation":
+        """What a generation that has ended left behind."""
+        return cls(stats.text, stats.token_ids, stats.finish_reason or "stop", stats)
 
 
 class LLM:
@@ -68,6 +82,8 @@ class LLM:
         cpu_experts: str = "auto",
         token_rounding: bool = False,
         max_batch: int = 8,
+        session_cache: str | Path | None = None,
+        session_cache_size: str = "4G",
         progress: Progress | None = None,
         on_plan: Callable[[BudgetPlan], None] | None = None,
     ) -> None:
@@ -80,13 +96,16 @@ class LLM:
         this machine and train the learned policy on it after `close`. `device`: "cpu", "cuda" or "auto"; on a
         GPU, `vram_budget` holds for all of its memory that this process uses, `cpu_experts` says whether the
         CPU computes what is in RAM only, `token_rounding` (lossy) makes prompts cheaper. `max_batch`: so many
-        generations run together, on the CPU and without `learn`; more wait. `on_plan` is called once with
+        generations run together, on the CPU and without `learn`; more wait. `session_cache`: a folder that
+        keeps conversations' keys and values, at most `session_cache_size`, beyond the end of the process (on
+        the CPU); its files hold what was said. `on_plan` is called once with
         what the budget buys, before anything is allocated; `progress(what, done, total)` while the model is
         prepared and its dense weights load.
         """
         self.run_config = RunConfig(
             str(ram_budget), policy, reader, context, threads, seed, exact_activations, check_reads, scope,
             prefetch, learn, predictor, device, str(vram_budget), cpu_experts, token_rounding, max_batch,
+            None if session_cache is None else str(session_cache), session_cache_size,
         )  # fmt: skip
         self._opened = open_model(find_model(None if model is None else str(model), progress))
         self.config, self.tokenizer = self._opened.config, self._opened.tokenizer
@@ -111,7 +130,9 @@ class LLM:
         self._closed = False
         decoder = self.engine.decoder
         if isinstance(decoder, Decoder):
-            self.kv_pool: KVPool | OneSequence = KVPool(self.config, self.plan.context, self.plan.kv_tokens)
+            self.kv_pool: KVPool | OneSequence = KVPool(
+                self.config, self.plan.context, self.plan.kv_tokens, self._open_sessions()
+            )
             one_at_a_time = learn  # what is recorded is one conversation's routing
         else:
             self.kv_pool, one_at_a_time = OneSequence(self.config, decoder.kv_cache), True
@@ -129,15 +150,121 @@ class LLM:
         **sampling: Any,
     ) -> Generator[Piece, None, None]:  # fmt: skip
         """Continue plain text, without a chat template. `stats`, if given, is filled in place."""
-        ids = self.tokenizer.encode(prompt, add_special_tokens=True)
-        return self.stream_tokens(ids, self.sampling_params(sampling), stats or GenerationStats(), cancel)
+        stats = GenerationStats() if stats is None else stats
+        return self.stream_tokens(self.encode(prompt), self.sampling_params(sampling), stats, cancel)
 
-    def generate(self, prompt: str, **sampling: Any) -> Generation:
-        """Continue plain text to its end."""
-        stats = GenerationStats()
-        for _ in self.stream(prompt, stats=stats, **sampling):
-            pass
-        return Generation(stats.text, stats.token_ids, stats.finish_reason or "stop", stats)
+    @overload
+    def generate(self, prompts: str, *, progress: bool = True, **sampling: Any) -> Generation: ...
+
+    @overload
+    def generate(
+        self, prompts: Sequence[Prompt], *, progress: bool = True, **sampling: Any
+    ) -> list[Generation]: ...
+
+    def generate(
+        self, prompts: str | Sequence[Prompt], *, progress: bool = True, **sampling: Any
+    ) -> Generation | list[Generation]:
+        """Answer one text, or many prompts together, `max_batch` at a time; results in the order of prompts.
+
+        A text is continued as it is; a list of {"role", "content"} goes through the model's chat template.
+        `progress`: of many prompts, a bar on stderr if that is a terminal. The first prompt that fails ends
+        the others, and its error is raised.
+        """
+        params = self.sampling_params(sampling)
+        if isinstance(prompts, str):
+            return self._generate([self.encode(prompts)], params, None)[0]
+        encoded = [self.encode(prompt) for prompt in prompts]
+        for ids in encoded:
+            self.scheduler.check_prompt(ids)
+        with nullcontext() if not progress else progress_bar(counting=True) as bar:
+            return self._generate(encoded, params, bar)
+
+    def _generate(
+        self, prompts: list[list[int]], params: SamplingParams, progress: Progress | None
+    ) -> list[Generation]:
+        pieces: deque[Piece] = deque()
+        requests: list[GenerationRequest] = []
+        room, done = min(self.scheduler.most_running, self.scheduler.most_waiting), 0
+        try:
+            while done < len(prompts):
+                self._check_open()
+                if len(requests) < len(prompts) and self.scheduler.waiting < room:
+                    ids = prompts[len(requests)]
+                    requests.append(self.scheduler.submit(ids, params, pieces.append, GenerationStats()))
+                    continue
+                self.scheduler.advance()
+                while pieces:
+                    piece = pieces.popleft()
+                    if piece.error is not None:
+                        raise piece.error
+                    if piece.finish_reason is not None:
+                        done += 1
+                        if progress is not None:
+                            progress("generating", done, len(prompts))
+        finally:
+            for request in requests:
+                if not request.is_finished:
+                    self.scheduler.retire(request)
+        return [Generation.of(request.stats) for request in requests]
+
+    async def agenerate(
+        self, prompts: str | Sequence[Prompt], **sampling: Any
+    ) -> Generation | list[Generation]:
+        """As `generate`, for asyncio."""
+        params = self.sampling_params(sampling)
+        room = asyncio.Semaphore(2 * self.scheduler.most_running)
+
+        async def answer(prompt: Prompt) -> Generation:
+            async with room:
+                stats = GenerationStats()
+                async for _ in self.astream_tokens(self.encode(prompt), params, stats):
+                    pass
+                return Generation.of(stats)
+
+        if isinstance(prompts, str):
+            return await answer(prompts)
+        return list(await asyncio.gather(*map(answer, prompts)))
+
+    async def astream(
+        self, prompt: Prompt, *, stats: GenerationStats | None = None, **sampling: Any
+    ) -> AsyncGenerator[Piece, None]:
+        """As `stream`, for asyncio; several may go on together."""
+        stats = GenerationStats() if stats is None else stats
+        async for piece in self.astream_tokens(self.encode(prompt), self.sampling_params(sampling), stats):
+            yield piece
+
+    async def astream_tokens(
+        self, prompt: list[int], params: SamplingParams, stats: GenerationStats
+    ) -> AsyncGenerator[Piece, None]:
+        """As `stream_tokens`, for asyncio; computes in a thread of its own."""
+        self._check_open()
+        if not self.scheduler.has_thread:
+            self.scheduler.start()
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
+
+        def sink(piece: Piece) -> None:
+            with suppress(RuntimeError):  # the loop was closed: nobody listens
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        request = self.scheduler.submit(prompt, params, sink, stats)
+        try:
+            while True:
+                piece = await pieces.get()
+                if piece.error is not None:
+                    raise piece.error
+                yield piece
+                if piece.finish_reason is not None:
+                    return
+        finally:
+            if not request.is_finished:
+                request.cancel()
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text, or of a list of {"role", "content"} in the model's chat template."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, add_special_tokens=True)
+        text = self.tokenizer.apply_chat_template(prompt)
+        return self.tokenizer.encode(text, add_special_tokens=not self.tokenizer.has_chat_template)
 
     def sampling_params(self, overrides: dict[str, Any]) -> SamplingParams:
         """The model's generation_config.json, `overrides` on top; ConfigError for an unknown or bad one."""
@@ -217,6 +344,16 @@ class LLM:
             assert self.plan.vram is not None
             self.expert_cache = use_policy(decoder, cache, self._opened.expert_format, self.plan.vram, run)
 
+    def _open_sessions(self) -> SessionStore | None:
+        run = self.run_config
+        if run.session_cache is None:
+            return None
+        folder = Path(run.session_cache).expanduser().absolute()
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        size = parse_size(run.session_cache_size, free_bytes=shutil.disk_usage(there).free)
+        of_model = fingerprint(self.config, self._opened.folder, run.exact_activations)
+        return SessionStore(folder, size, of_model)
+
     def _open_background(self) -> None:
         """Prompts may run beside those that decode, if there are slots for it."""
         decoder, slots = self.engine.decoder, self.plan.passing_slots
@@ -229,7 +366,7 @@ class LLM:
         if not self._closed:
             self._closed = True
             self.scheduler.stop()
-            self.kv_pool.forget()
+            self.kv_pool.close()
             self.expert_cache.close()
             decoder = self.engine.decoder
             if not isinstance(decoder, Decoder):
@@ -282,28 +419,46 @@ class Chat:
 
         Raises ContextError when the conversation no longer fits; `reset` helps then.
         """
-        self.stats = stats = GenerationStats()
-        params = self.llm.sampling_params({**self._sampling, **sampling})
-        user = {"role": "user", "content": message}
-        prompt_text = self.llm.tokenizer.apply_chat_template([*self.messages, user])
-        prompt = self._encode(prompt_text)
+        turn = self._begin(message, sampling)
         try:
-            yield from self.llm.stream_tokens(prompt, params, stats, cancel)
+            yield from self.llm.stream_tokens(turn.prompt, turn.params, self.stats, cancel)
         finally:
-            if stats.token_ids:
-                self.messages += [user, {"role": "assistant", "content": stats.text}]
-                self._ids = prompt + stats.token_ids
-                self._text = prompt_text + self.llm.tokenizer.decode(
-                    stats.token_ids, skip_special_tokens=False
-                )
+            self._keep(turn)
+
+    async def astream(self, message: str, **sampling: Any) -> AsyncGenerator[Piece, None]:
+        """As `stream`, for asyncio; several chats may go on together."""
+        turn = self._begin(message, sampling)
+        try:
+            async for piece in self.llm.astream_tokens(turn.prompt, turn.params, self.stats):
+                yield piece
+        finally:
+            self._keep(turn)
 
     def send(self, message: str, **sampling: Any) -> Generation:
         """Answer one message to its end."""
         for _ in self.stream(message, **sampling):
             pass
-        return Generation(
-            self.stats.text, self.stats.token_ids, self.stats.finish_reason or "stop", self.stats
-        )
+        return Generation.of(self.stats)
+
+    async def asend(self, message: str, **sampling: Any) -> Generation:
+        """As `send`, for asyncio."""
+        async for _ in self.astream(message, **sampling):
+            pass
+        return Generation.of(self.stats)
+
+    def _begin(self, message: str, sampling: dict[str, Any]) -> "_Turn":
+        self.stats = GenerationStats()
+        params = self.llm.sampling_params({**self._sampling, **sampling})
+        user = {"role": "user", "content": message}
+        text = self.llm.tokenizer.apply_chat_template([*self.messages, user])
+        return _Turn(user, text, self._encode(text), params, self.stats)
+
+    def _keep(self, turn: "_Turn") -> None:
+        stats = turn.stats
+        if stats.token_ids:
+            self.messages += [turn.user, {"role": "assistant", "content": stats.text}]
+            self._ids = turn.prompt + stats.token_ids
+            self._text = turn.text + self.llm.tokenizer.decode(stats.token_ids, skip_special_tokens=False)
 
     def save(self, path: Path) -> None:
         """Write the conversation as JSON: {"messages": [{"role", "content"}, …]}."""
@@ -317,6 +472,17 @@ class Chat:
         return self.llm.tokenizer.encode(
             prompt_text, add_special_tokens=not self.llm.tokenizer.has_chat_template
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A message, and what the model sees of the conversation with it."""
+
+    user: dict[str, str]
+    text: str
+    prompt: list[int]
+    params: SamplingParams
+    stats: GenerationStats
 
 
 def _read_generation_config(folder: Path) -> dict[str, Any]:

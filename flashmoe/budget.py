@@ -21,6 +21,7 @@ PREFILL_CHUNK = 512  # tokens; the same for every budget, or the bits of a long 
 SMALLEST_DEFAULT_CONTEXT = 512
 # Share of what is left after the fixed parts that the KV cache may take when the user names no context.
 KV_SHARE = 0.25
+FURTHER_KV_SHARE = 0.1  # and that further conversations may take beside it
 # Library code and buffers touched only after planning: math library threads, allocator slack. With two
 # threads they took up to 80 MiB (docs/benchmarks.md); the rest is for more threads.
 LATE_PROCESS_BYTES = 48 << 20
@@ -113,7 +114,7 @@ def plan_budget(
     """Divide the budget; BudgetError names the smallest workable figure and its parts.
 
     `context` None: as many tokens as the model allows, at most 8192, within a quarter of what the fixed parts
-    leave. The KV cache of further `conversations` comes out of the same quarter.
+    leave. Further `conversations` may take a tenth of what is left then for their KV cache.
     """
     if context is not None and context > config.max_position_embeddings:
         raise ConfigError(
@@ -141,7 +142,7 @@ def plan_budget(
     kv_tokens, passing = tokens, 0
     if conversations > 1 and not sizes.on_gpu:
         spare = budget_bytes - _fixed_bytes(config, sizes, tokens) - least_slots * sizes.slot_bytes
-        further = int(KV_SHARE * spare / config.kv_bytes_per_token)
+        further = int(FURTHER_KV_SHARE * max(0, spare) / config.kv_bytes_per_token)
         kv_tokens += min(further, (conversations - 1) * tokens)
         spare -= _kv_bytes(config, sizes, kv_tokens - tokens) + _workspace_bytes(config, sizes, tokens)
         passing = min(MOST_PASSING, max(0, spare // sizes.slot_bytes) // 16)

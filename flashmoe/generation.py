@@ -100,8 +100,12 @@ class GenerationRequest:
         """Tokens generated so far."""
         return len(self.tokens) - self.prompt_tokens
 
-    def take(self, logits: Tensor, record: Callable[[int, str], None]) -> None:
-        """Choose the next token from logits [V]; `record(token, text)` is called before the piece goes out.
+    def deliver(self, piece: Piece) -> None:
+        """Give a piece to whoever asked."""
+        self._sink(piece)
+
+    def take(self, logits: Tensor, record: Callable[[int, str], None]) -> Piece:
+        """Choose the next token from logits [V]; `record(token, text)` is told.
 
         Raises ModelError for logits that are not numbers, and what the constraint raises.
         """
@@ -119,14 +123,14 @@ class GenerationRequest:
             text += self._rest()
         record(token, text)
         self.stats.finish_reason = reason
-        self._sink(Piece(text, token, reason, logprob))
+        return Piece(text, token, reason, logprob)
 
-    def end(self, reason: str, error: Exception | None = None) -> None:
+    def end(self, reason: str, error: Exception | None = None) -> Piece:
         """End it from outside: "cancelled" or "error"."""
         rest = self._rest()
         self.stats.text += rest
         self.stats.finish_reason = reason
-        self._sink(Piece(rest, None, reason, None, error))
+        return Piece(rest, None, reason, None, error)
 
     def _rest(self) -> str:
         return self._stops.push(self._text.finish()) + self._stops.flush()

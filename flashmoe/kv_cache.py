@@ -5,16 +5,17 @@ costs nothing until it is used, and every sequence is contiguous: the strides, a
 depend neither on the context nor on who else is there. `KVPool` counts what is in use, in blocks of tokens.
 """
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from flashmoe.config import ModelConfig
+from flashmoe.session_store import SessionStore
 from storage import host
 
 BLOCK = 64  # tokens that are counted, and given back, together
+SHORTEST_STORED = 64  # tokens; less is computed faster than it is worth a file
 SHORTEST_SHARED = 8  # tokens; less of a beginning is not worth keeping or copying
 
 
@@ -103,14 +104,14 @@ class KVPool:
     """
 
     def __init__(
-        self, config: ModelConfig, context: int, total_tokens: int,
-        on_drop: Callable[[KVCache], None] | None = None,
-    ) -> None:  # fmt: skip
-        """`total_tokens`: at least `context`. `on_drop` is given each kept sequence that must go."""
+        self, config: ModelConfig, context: int, total_tokens: int, store: SessionStore | None = None
+    ) -> None:
+        """`total_tokens`: at least `context`. `store`: has on disk what is kept here, or was."""
         assert total_tokens >= context
         self.config, self.context, self.total_tokens = config, context, total_tokens
         self.used_tokens = 0
-        self.on_drop = on_drop
+        self._store = store
+        self._unsaved: dict[KVCache, None] = {}  # those kept that the store has not been given
         self._counted: dict[KVCache, int] = {}
         self._kept: dict[KVCache, None] = {}  # the least recently used first
         self._idle: list[KVCache] = []  # reserved memory without pages
@@ -128,12 +129,15 @@ class KVPool:
         shared = {kv: min(shared_prefix(kv.tokens, tokens), len(tokens) - 1) for kv in self._counted}
         best = max(shared, key=lambda kv: (shared[kv], kv in self._kept), default=None)
         length = 0 if best is None else shared[best]
+        stored = self._from_store(tokens, length)
+        if stored is not None:
+            return stored
         if best is None or length < SHORTEST_SHARED:
             return self._new()
         if best in self._kept:
             copyable = length < best.length - BLOCK and self._room() >= _in_blocks(len(tokens))
             if not copyable:
-                del self._kept[best]
+                self._unkeep(best)
                 self.truncate(best, length)
                 return best
             self._kept[best] = self._kept.pop(best)  # used just now
@@ -171,9 +175,11 @@ class KVPool:
             return
         self.truncate(kv, kv.length)
         for other in [o for o in self._kept if shared_prefix(o.tokens, kv.tokens) == o.length]:
-            del self._kept[other]  # a beginning of it
+            self._unkeep(other)  # a beginning of it
             self.release(other)
         self._kept[kv] = None
+        if self._store is not None and kv.length >= SHORTEST_STORED:
+            self._unsaved[kv] = None
 
     def release(self, kv: KVCache) -> None:
         """Give all of its memory back."""
@@ -184,15 +190,56 @@ class KVPool:
     def drop_oldest(self) -> None:
         """Forget the kept sequence that was used least recently."""
         kv = next(iter(self._kept))
-        if self.on_drop is not None:
-            self.on_drop(kv)
-        del self._kept[kv]
+        if kv in self._unsaved:
+            self._save(kv)
+        self._unkeep(kv)
         self.release(kv)
 
     def forget(self) -> None:
-        """Forget all kept sequences."""
+        """Forget all kept sequences, here; a store remembers them."""
         while self._kept:
             self.drop_oldest()
+
+    def save_one(self) -> bool:
+        """Give the store one of the sequences that it has not been given; False if there is none."""
+        if not self._unsaved:
+            return False
+        self._save(next(reversed(self._unsaved)))
+        return True
+
+    def close(self) -> None:
+        """Forget all, and give all memory back."""
+        self.forget()
+        self._idle.clear()
+
+    def _save(self, kv: KVCache) -> None:
+        assert self._store is not None
+        self._unsaved.pop(kv, None)
+        self._store.save(kv.tokens, self._rows(kv, kv.length))
+
+    def _from_store(self, tokens: list[int], length: int) -> KVCache | None:
+        """A new sequence with what the store has of a prompt's beginning, if that is worth reading instead of
+        the `length` tokens that are here."""
+        if self._store is None:
+            return None
+        key, shared = self._store.longest_prefix(tokens)
+        shared = min(shared, len(tokens) - 1)
+        if shared < length + SHORTEST_STORED:
+            return None
+        kv = self._new()
+        if not self.grow(kv, shared) or not self._store.load(key, shared, self._rows(kv, self.context)):
+            self.release(kv)
+            return None
+        kv.tokens = tokens[:shared]
+        return kv
+
+    def _rows(self, kv: KVCache, count: int) -> list[tuple[Tensor, Tensor]]:
+        layers = map(kv.tensors, range(self.config.num_hidden_layers))
+        return [(keys[:count], values[:count]) for keys, values in layers]
+
+    def _unkeep(self, kv: KVCache) -> None:
+        del self._kept[kv]
+        self._unsaved.pop(kv, None)
 
     def _new(self) -> KVCache:
         kv = self._idle.pop() if self._idle else KVCache(self.config, self.context)
@@ -231,6 +278,13 @@ class OneSequence:
         kv.truncate(0)
 
     def forget(self) -> None:
+        self._kv_cache.truncate(0)
+
+    def save_one(self) -> bool:
+        """It is stored nowhere."""
+        return False
+
+    def close(self) -> None:
         self._kv_cache.truncate(0)
 
 

@@ -231,7 +231,7 @@ class Scheduler:
     def _run(self) -> None:
         while self._thread is threading.current_thread():
             try:
-                if not self.step():
+                if not self.step() and not self._save_one():
                     with self._work:
                         if self._thread is threading.current_thread() and not self._waiting:
                             self._work.wait(timeout=1.0)
@@ -241,6 +241,11 @@ class Scheduler:
                     for running in list(self._running):
                         self._end(running, "error", error)
 
+    def _save_one(self) -> bool:
+        """Nothing else is to be done: a conversation that is not on disk yet goes there."""
+        with self._lock:
+            return not self._waiting and self.kv_pool.save_one()
+
     def _cancel_all(self) -> None:
         with self._work:
             for request in [w.request for w in self._waiting] + [r.request for r in self._running]:
@@ -249,13 +254,16 @@ class Scheduler:
     def _end_cancelled(self) -> None:
         for running in [r for r in self._running if r.request.is_cancelled]:
             self._end(running, "cancelled")
+        if self._in_background and not any(r in self._running for r in self._in_background):
+            self._give_background_up()
         with self._work:
             gone = [w for w in self._waiting if w.request.is_cancelled]
             self._waiting = deque(w for w in self._waiting if not w.request.is_cancelled)
         for waiting in gone:
             self.totals.cancelled += 1
-            waiting.request.end("cancelled")
+            piece = waiting.request.end("cancelled")
             waiting.recorder.finish()
+            waiting.request.deliver(piece)
 
     def _admit(self) -> None:
         """Let those that wait begin, in their order, as far as there is room."""
@@ -362,21 +370,21 @@ class Scheduler:
         logits, error = background.result, background.error
         self._give_background_up()
         for i, running in enumerate(finished):
-            if running.kv_cache in self._left_behind:
+            if running not in self._running:  # cancelled meanwhile
                 continue
             if error is not None:
                 self._end(running, "error", error)
             elif logits is not None and running.kv_cache.length == len(running.request.tokens):
                 self._take(running, logits[i])
-        for kv_cache in self._left_behind:
-            self.kv_pool.keep(kv_cache)
-        self._left_behind.clear()
 
     def _give_background_up(self) -> None:
         """Its requests begin their chunk again, if it is not through."""
         if self.background is not None:
             self.background.end()
         self._in_background = []
+        for kv_cache in self._left_behind:
+            self.kv_pool.keep(kv_cache)
+        self._left_behind.clear()
 
     def _short_prompts(self, prefilling: list[_Running], room: int) -> list[_Running]:
         chosen = []
@@ -435,7 +443,7 @@ class Scheduler:
         if request.is_cancelled:
             return
         try:
-            request.take(logits, running.recorder.token)
+            piece = request.take(logits, running.recorder.token)
         except FlashMoEError as error:
             self._end(running, "error", error)
             return
@@ -443,22 +451,24 @@ class Scheduler:
         if request.is_finished:
             self._leave(running)
             self.totals.finished += 1
+        request.deliver(piece)
 
     def _end(self, running: _Running, reason: str, error: Exception | None = None) -> None:
-        self._leave(running, lambda: running.request.end(reason, error))
+        piece = running.request.end(reason, error)
+        self._leave(running)
         if error is None:
             self.totals.cancelled += 1
         else:
             self.totals.failed += 1
+        running.request.deliver(piece)
 
-    def _leave(self, running: _Running, before_figures: Callable[[], None] | None = None) -> None:
+    def _leave(self, running: _Running) -> None:
+        """Its figures are whole before its last piece goes out."""
         self._running.remove(running)
         if running in self._in_background:  # a piece of work may still write to it
             self._left_behind.append(running.kv_cache)
         else:
             self.kv_pool.keep(running.kv_cache)
-        if before_figures is not None:
-            before_figures()
         running.recorder.finish()
 
 

@@ -1,5 +1,6 @@
 """`LLM` and `Chat` as a user of the Python API meets them, on a tiny random model."""
 
+import asyncio
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -235,3 +236,74 @@ def test_a_drive_error_in_the_middle_of_an_answer_is_an_error_and_the_chat_survi
                 answer(chat, "what is")
         chat.reset()
         assert answer(chat, "what is") == expected
+
+
+CONVERSATION = [{"role": "user", "content": "what is"}]
+MANY = ["the expert", CONVERSATION, "user system", "what is the capital", CONVERSATION]
+
+
+def test_many_prompts_are_answered_together_in_their_order(llm: LLM) -> None:
+    alone = [llm.generate([prompt], max_tokens=7, progress=False)[0] for prompt in MANY]
+    together = llm.generate(MANY, max_tokens=7)
+    assert [g.token_ids for g in together] == [g.token_ids for g in alone]
+    assert [g.text for g in together] == [g.text for g in alone]
+    assert {g.finish_reason for g in together} == {"length"}
+    assert llm.generate("the expert", max_tokens=7).token_ids == alone[0].token_ids
+    assert llm.chat().send("what is", max_tokens=7).token_ids == alone[1].token_ids
+
+
+def test_more_prompts_than_may_wait_are_no_error(llm: LLM) -> None:
+    llm.scheduler.most_waiting = 1
+    assert len(llm.generate(["the"] * 20, max_tokens=2)) == 20
+
+
+def test_one_prompt_that_cannot_run_stops_the_batch_before_it_begins(llm: LLM) -> None:
+    with pytest.raises(ContextError, match="context holds 512"):
+        llm.generate(["the", "the " * 600], max_tokens=2)
+    assert not llm.scheduler.waiting and not llm.scheduler.running
+
+
+def test_asyncio_gets_the_same_answers_and_a_chat_goes_on(llm: LLM) -> None:
+    expected = llm.generate(MANY, max_tokens=7)
+    first, second = llm.chat(max_tokens=7), llm.chat(max_tokens=7)
+    turns = [first.send("what is").text, first.send("the expert").text]
+
+    async def main() -> None:
+        results = await llm.agenerate(MANY, max_tokens=7)
+        assert isinstance(results, list)
+        assert [g.token_ids for g in results] == [g.token_ids for g in expected]
+        assert "".join([p.text async for p in second.astream("what is")]) == turns[0]
+        assert (await second.asend("the expert")).text == turns[1]
+        assert second.stats.cached_tokens > 0 and second.stats.peak_rss_bytes > 0
+        with pytest.raises(ContextError):
+            await llm.agenerate("the " * 600)
+
+    asyncio.run(main())
+
+
+def test_an_asynchronous_answer_that_nobody_takes_is_cancelled(llm: LLM) -> None:
+    async def main() -> None:
+        pieces = llm.astream("the expert", max_tokens=400)
+        await anext(pieces)
+        await pieces.aclose()
+        while llm.scheduler.running:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+    assert llm.scheduler.totals.cancelled == 1
+
+
+def test_a_conversation_goes_on_from_its_session_cache(tiny_model: Path, tmp_path: Path) -> None:
+    options = {"ram_budget": BUDGET, "context": 512, "session_cache": tmp_path / "sessions"}
+    system = "the expert that was used longest ago leaves first " * 8
+    with LLM(tiny_model, **options) as llm:
+        first = llm.chat(system=system, max_tokens=9).send("what is")
+        assert first.stats.cached_tokens == 0
+    with LLM(tiny_model, **options) as llm:
+        again = llm.chat(system=system, max_tokens=9).send("what is")
+        other = llm.chat(system=system, max_tokens=9).send("the capital")
+    assert again.token_ids == first.token_ids
+    assert again.stats.cached_tokens == again.stats.prompt_tokens - 1
+    assert 64 < other.stats.cached_tokens < other.stats.prompt_tokens - 1
+    with LLM(tiny_model, ram_budget=BUDGET, context=512) as llm:
+        assert llm.chat(system=system, max_tokens=9).send("the capital").token_ids == other.token_ids

@@ -1,4 +1,6 @@
-"""The memory of keys and values: what is valid, what is forgotten, who shares a beginning, what is counted."""
+"""Memory of keys and values: what is valid, what is forgotten, who shares a beginning, what is counted."""
+
+from pathlib import Path
 
 import torch
 from hypothesis import given, settings
@@ -6,6 +8,7 @@ from hypothesis import strategies as st
 
 from flashmoe.config import ModelConfig, parse_model_config
 from flashmoe.kv_cache import BLOCK, KVCache, KVPool, shared_prefix
+from flashmoe.session_store import SessionStore
 
 LAYERS, GROUPS, HEAD = 3, 2, 4
 CONTEXT = 4 * BLOCK
@@ -135,15 +138,41 @@ def test_a_running_sequence_lends_its_beginning_too() -> None:
 
 
 def test_room_is_made_of_kept_sequences_the_least_recently_used_first() -> None:
-    gone: list[list[int]] = []
-    memory = KVPool(config(), CONTEXT, 4 * BLOCK, on_drop=lambda kv: gone.append(list(kv.tokens)))
+    memory = KVPool(config(), CONTEXT, 4 * BLOCK)
     for first in range(4):
         kept(memory, [first] * BLOCK)
     memory.keep(memory.take([0] * BLOCK + [7]))  # used again
     running = memory.take([8] * 2 * BLOCK)
     assert memory.grow(running, 2 * BLOCK)
-    assert [tokens[0] for tokens in gone] == [1, 2]
+    assert [kv.tokens[0] for kv in memory.kept] == [3, 0]
     assert memory.used_tokens == 4 * BLOCK
+
+
+def test_what_has_left_memory_comes_back_from_the_store(tmp_path: Path) -> None:
+    """Dropped for want of room, saved while idle, or at the end; in another process, too."""
+    def opened() -> KVPool:
+        store = SessionStore(tmp_path / "kept", 1 << 30, "ab" * 32)
+        return KVPool(config(), CONTEXT, 4 * BLOCK, store)
+
+    memory, system = opened(), [4] * 2 * BLOCK
+    kept(memory, system + [1] * 20)
+    other = memory.take([8] * 4 * BLOCK)
+    assert memory.grow(other, 4 * BLOCK) and not memory.kept
+    memory.release(other)
+    again = memory.take(system + [2] * 5)
+    assert holds(again, system)
+    memory.release(again)
+    kept(memory, [5] * 2 * BLOCK)
+    assert memory.save_one() and not memory.save_one()
+    kept(memory, [6] * 2 * BLOCK)
+    memory.close()
+    memory = opened()
+    for tokens in (system + [1] * 20, [5] * 2 * BLOCK, [6] * 2 * BLOCK):
+        kv = memory.take([*tokens, 7])
+        assert holds(kv, tokens)
+        memory.release(kv)
+    assert memory.take([7] * 90).length == 0
+    assert not KVPool(config(), CONTEXT, CONTEXT).save_one()
 
 
 def test_there_is_no_room_when_those_that_run_have_it_all() -> None:

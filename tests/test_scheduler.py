@@ -30,8 +30,9 @@ CONTEXT = 256
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four experts a token: a sum of two could not show its order."""
+    made = tmp_path_factory.mktemp("model")
     return make_tiny_checkpoint(
-        tmp_path_factory.mktemp("model"), request.param, num_experts_per_tok=4, max_position_embeddings=CONTEXT
+        made, request.param, num_experts_per_tok=4, max_position_embeddings=CONTEXT
     )
 
 
