@@ -135,10 +135,6 @@ class Tokenizer:
         id = self._tokenizer.token_to_id(token)
         return None if id is None else int(id)
 
-    def to_json(self) -> str:
-        """The whole tokenizer as the text of a tokenizer.json, for libraries that read those."""
-        return str(self._tokenizer.to_str())
-
     def visible_token(self, id: int) -> str | None:
         """The token as the vocabulary spells it; None where decoding skips the id."""
         return None if id in self._special_ids else self._tokenizer.id_to_token(id)

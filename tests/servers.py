@@ -12,6 +12,7 @@ from openai import OpenAI
 
 from flashmoe import LLM
 from flashmoe.server.limits import Limits
+from flashmoe.server.security import Guard
 from flashmoe.server.serve import HttpServer, ServeOptions, bind
 from flashmoe.server.service import Service
 
@@ -50,6 +51,12 @@ class Server:
     def chat(self, **fields: Any) -> tuple[int, dict[str, Any]]:
         fields.setdefault("messages", [{"role": "user", "content": "hi"}])
         return self.post("/v1/chat/completions", fields)
+
+    @property
+    def guard(self) -> Guard:
+        app = self.http.config.app
+        assert isinstance(app, Guard)
+        return app
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=60)

@@ -151,6 +151,24 @@ def test_a_large_body_is_refused_by_its_length_or_as_it_comes(server: Server):
         assert read_all(connection).startswith(b"HTTP/1.1 413 ")
 
 
+def test_bodies_of_all_requests_together_are_limited_and_forgotten_with_them(tiny_model: Path):
+    limits = Limits(body_bytes=2000, bodies_bytes=3000)
+    with serving(None, limits=limits) as server, server.connect() as holding:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2000\r\n\r\n"
+        holding.sendall(head.encode() + b" " * 1900)
+        wait_for(lambda: server.guard._held_bytes == 1900)
+        assert server.post(CHAT, b" " * 1500)[0] == 503
+        holding.sendall(b" " * 100)
+        assert holding.recv(12) == b"HTTP/1.1 400"
+        assert server.post(CHAT, b" " * 1500)[0] == 400
+        wait_for(lambda: server.guard._held_bytes == 0)
+
+
+def test_a_body_of_very_many_values_is_refused_before_it_is_parsed(hasty: Server):
+    status, answer = hasty.post(CHAT, b'{"x": [' + b"[]," * 400_000 + b"[]]}")
+    assert status == 400 and "the most is 400000" in answer["error"]["message"]
+
+
 def test_a_slow_head_and_a_slow_body_end_with_408(hasty: Server):
     with hasty.connect() as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: loc")

@@ -56,23 +56,30 @@ class Guard:
     def __init__(self, app: ASGIApp, limits: Limits, hosts: AllowedHosts, api_key: str | None) -> None:
         self._app, self._limits, self._hosts = app, limits, hosts
         self._key = None if api_key is None else api_key.encode("utf-8")
+        self._held_bytes = 0  # of all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         guarded = _with_headers(send)
+        body = _Body()
+        try:
+            await self._serve(body, scope, receive, guarded)
+        finally:
+            self._held_bytes -= body.size
+
+    async def _serve(self, body: "_Body", scope: Scope, receive: Receive, guarded: Send) -> None:
         try:
             self._check(scope["method"], scope["path"], Headers(scope=scope))
-            body = await self._body(Headers(scope=scope), receive)
+            if not await self._fill(body, Headers(scope=scope), receive):  # the client left
+                return
         except ApiError as error:
             await self._discard(receive)
             headers = {**(error.headers or {}), "Connection": "close"}  # the rest of the body is not read
             await JSONResponse(error.body(), error.status_code, headers)(scope, receive, guarded)
             return
-        if body is None:  # the client left
-            return
-        await self._app(scope, _replay(body, receive), guarded)
+        await self._app(scope, _replay(body.take(), receive), guarded)
 
     def _check(self, method: str, path: str, headers: Headers) -> None:
         host = headers.get("host", "")
@@ -109,29 +116,46 @@ class Guard:
         except TimeoutError:
             pass
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The whole body; None if the client left in the middle of it."""
+    async def _fill(self, body: "_Body", headers: Headers, receive: Receive) -> bool:
+        """Read the whole body; False if the client left in the middle of it."""
         most = self._limits.body_bytes
         too_large = ApiError(413, f"the body is larger than {most} bytes; shorten it", code="body_too_large")
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > most:
             raise too_large
-        body = bytearray()
         try:
             async with asyncio.timeout(self._limits.body_s):
                 more = True
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return None
-                    body += message.get("body", b"")
-                    more = message.get("more_body", False)
-                    if len(body) > most:
+                        return False
+                    bit, more = message.get("body", b""), message.get("more_body", False)
+                    body.data += bit
+                    body.size += len(bit)
+                    self._held_bytes += len(bit)
+                    if body.size > most:
                         raise too_large
+                    if self._held_bytes > self._limits.bodies_bytes:
+                        raise ApiError(
+                            503, "too many large requests at once; try again later", code="busy",
+                            headers={"Retry-After": "5"},
+                        )  # fmt: skip
         except TimeoutError as error:
             late = f"the body did not arrive within {self._limits.body_s:g} s"
             raise ApiError(408, late, code="body_timeout") from error
-        return bytes(body)
+        return True
+
+
+class _Body:
+    """What came of a body; `size` still tells when it was taken."""
+
+    def __init__(self) -> None:
+        self.data, self.size = bytearray(), 0
+
+    def take(self) -> bytes:
+        data, self.data = bytes(self.data), bytearray()
+        return data
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
