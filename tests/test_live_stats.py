@@ -1,14 +1,20 @@
 """The live figures: right before, between and behind steps, of the experts that the cache has."""
 
+import inspect
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from flashmoe import LLM
+from flashmoe.expert_cache import ExpertCache
 from flashmoe.server.live_stats import LiveStats, bitmaps
+from flashmoe.vram_budget import VramPlan
+from flashmoe.vram_cache import VramCache
 
 PROMPT = "the expert that was used longest ago leaves first"
 
@@ -77,6 +83,32 @@ def test_what_was_served_is_counted(llm: LLM) -> None:
     assert figures["tokens"]["cached"] == prompt - 1  # the last token's logits are needed
     assert figures["tokens"]["generated"] == 10
     assert 0 < figures["kv"]["tokens_used"] <= figures["kv"]["tokens_total"]
+
+
+def test_while_somebody_watches_looks_are_frequent(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And while nobody does, rare: a look takes some milliseconds of the computing thread."""
+    live = LiveStats(llm)
+    looks: list[int] = []
+    look = live._look
+    monkeypatch.setattr(live, "_look", lambda: (looks.append(1), look()))
+    monkeypatch.setattr("flashmoe.server.live_stats.LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr("flashmoe.server.live_stats.UNWATCHED_S", 1e9)
+    llm.generate(PROMPT, max_tokens=20)
+    assert len(looks) == 1  # at the end
+    monkeypatch.setattr("flashmoe.server.live_stats.WATCHED_S", 1e9)
+    live.snapshot()
+    llm.generate(PROMPT, max_tokens=20)
+    assert len(looks) == 1 + 20
+
+
+def test_the_figures_of_a_gpu_are_those_of_its_upper_tier(llm: LLM) -> None:
+    """A VramCache has what is asked of an ExpertCache; the plan says which tier that is."""
+    asked = {"resident", "counters", "policy", "slots"}
+    for cache in (ExpertCache, VramCache):
+        source = inspect.getsource(cache)
+        assert [name for name in asked if f"def {name}(" not in source and f"self.{name}" not in source] == []
+    llm.plan = replace(llm.plan, vram=cast(VramPlan, object()))
+    assert LiveStats(llm).snapshot()["cache"]["tier"] == "VRAM"
 
 
 def test_whoever_listened_to_steps_before_still_does(llm: LLM) -> None:

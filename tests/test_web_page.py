@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -19,9 +19,6 @@ pytest.importorskip("playwright", reason="playwright is not installed; see `make
 from conftest import find_browser
 from fake_model_server import FakeModel, serving
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
-
-if TYPE_CHECKING:
-    pass
 
 pytestmark = pytest.mark.browser
 expect.set_options(timeout=20_000)  # a busy machine is slow, not wrong
@@ -58,9 +55,8 @@ NewPage = Callable[..., Page]
 def browser() -> Iterator[Browser]:
     root = hasattr(os, "geteuid") and os.geteuid() == 0
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=find_browser(), args=["--no-sandbox"] if root else []
-        )
+        args = ["--disable-dev-shm-usage", *(["--no-sandbox"] if root else [])]  # a container's is small
+        browser = playwright.chromium.launch(executable_path=find_browser(), args=args)
         yield browser
         browser.close()
 

@@ -43,7 +43,7 @@ message.addEventListener("keydown", (event) => {
   send(message.value);
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || event.defaultPrevented || byId("settings").open) return;
+  if (event.key !== "Escape" || event.isComposing || byId("settings").open) return;
   if (!panels.close()) answers.stop(current);
 });
 

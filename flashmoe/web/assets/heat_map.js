@@ -32,10 +32,10 @@ export class HeatMap {
     let came = 0;
     let left = 0;
     resident.forEach((digits, row) => {
-      const bits = BigInt(`0x${digits || "0"}`);
       for (let expert = 0; expert < experts; expert++) {
         const place = row * experts + expert;
-        const isIn = Number((bits >> BigInt(expert)) & 1n);
+        const digit = digits[digits.length - 1 - (expert >> 2)]; // of four experts
+        const isIn = (parseInt(digit, 16) >> (expert & 3)) & 1;
         if (isIn === this.isIn[place]) continue;
         this.isIn[place] = isIn;
         if (isFirst) continue;

@@ -75,7 +75,7 @@ export class Monitor {
     parts(memory);
     const read = `${amount(drive.bytes_read)} read, ${duration(drive.stall_s)} waited for it`;
     const made = tokens.generated ? `${whole(tokens.generated)} tokens written, ` : "";
-    setText(byId("totals"), `Policy ${policy}. Since ${duration(uptime)}: ${made}${read}.`);
+    setText(byId("totals"), `Policy ${policy}. In ${duration(uptime)}: ${made}${read}.`);
   }
 
   strip(tokens, cache, memory, requests) {
