@@ -122,9 +122,12 @@ function footOf(message, act) {
     copy.addEventListener("click", () => copyText(message.content, copy));
     buttons.append(copy);
   }
-  const again = element("button", { type: "button", className: "regenerate", textContent: "Regenerate" });
-  again.addEventListener("click", () => act("regenerate", message));
-  buttons.append(again, element("span", { className: "figures", textContent: figuresOf(message) }));
+  if (message.problem?.action !== "retry") {
+    const again = element("button", { type: "button", textContent: "Regenerate" });
+    again.addEventListener("click", () => act("regenerate", message));
+    buttons.append(again);
+  }
+  buttons.append(element("span", { className: "figures", textContent: figuresOf(message) }));
   parts.push(buttons);
   return parts;
 }
