@@ -14,7 +14,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed; see `make test-ra
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray and what it brings warn of their own affairs
 
-OPTIONS = {"context": 1024, "prefetch": "off", "policy": "lru"}
+OPTIONS = {"context": 4096, "prefetch": "off", "policy": "lru"}
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_a_client_that_leaves_ends_its_generation(url: str, tiny_model: Path) ->
     from ray import serve
 
     question = [{"role": "user", "content": "user"}]
-    body = {"messages": question, "max_tokens": 900, "stream": True, "user": "leaver"}
+    body = {"messages": question, "max_tokens": 3900, "stream": True, "user": "leaver"}
     sent = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
     request = urllib.request.Request(url + "/v1/chat/completions", json.dumps(body).encode(), sent)
     with urllib.request.urlopen(request, timeout=60) as response:
@@ -147,6 +147,24 @@ def test_a_client_that_leaves_ends_its_generation(url: str, tiny_model: Path) ->
         texts.append(b"".join(part for part in parts if isinstance(part, bytes)).decode())
     cancelled = [line for text in texts for line in text.splitlines() if "cancelled" in line]
     assert any(float(line.rsplit(" ", 1)[1]) >= 1 for line in cancelled), cancelled
+
+
+def test_a_replica_that_dies_ends_its_streams_with_an_error_and_is_replaced(url: str) -> None:
+    """The last test of the endpoint."""
+    question = [{"role": "user", "content": "the expert"}]
+    body = {"messages": question, "max_tokens": 3900, "temperature": 0, "stream": True}
+    sent = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
+    request = urllib.request.Request(url + "/v1/chat/completions", json.dumps(body).encode(), sent)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        response.read(10)
+        replica = f"SERVE_REPLICA::default#FlashMoE#{response.headers['x-flashmoe-replica']}"
+        ray.kill(ray.get_actor(replica, namespace="serve"))
+        events = [line for line in response.read().decode().splitlines() if line.startswith("data: ")]
+    error = json.loads(events[-1].removeprefix("data: "))["error"]
+    assert error["type"] == "unavailable_error" and "try again" in error["message"]
+    while (again := ask(url, "/v1/chat/completions", body | {"stream": False, "max_tokens": 5}))[0] == 503:
+        pass  # until Ray has noticed
+    assert again[0] == 200 and again[2]["choices"][0]["message"]["content"]
 
 
 def test_a_share_of_free_memory_is_no_budget_for_a_replica() -> None:

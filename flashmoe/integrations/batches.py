@@ -99,10 +99,8 @@ class _Answer:
 
     def submit(self) -> bool:
         """False if too many wait. What is wrong with the row becomes its error."""
-        tokenizer = self._llm.tokenizer
         try:
-            text = tokenizer.apply_chat_template(self._messages)
-            ids = tokenizer.encode(text, add_special_tokens=not tokenizer.has_chat_template)
+            ids = self._llm.encode(self._messages)
             self._llm.scheduler.submit(ids, self._params, self._take, GenerationStats())
         except QueueFullError:
             return False
