@@ -30,11 +30,14 @@ WAIT_S = 0.002  # how long to wait for a read before looking at the clock
 
 
 class BackgroundPrefill:
-    """One chunk at a time. `step` does a piece of work; `result` is there when all of it is done."""
+    """One chunk at a time. `step` does a piece of work; `result` is there when all of it is done.
+
+    `decoder` computes the chunk, with a workspace for so many tokens; others may use it while none is active.
+    """
 
     def __init__(self, decoder: Decoder, kernels: Context, slots: int) -> None:
         """`kernels`: threads and workspace of its own. `slots`: for experts that pass through."""
-        self._decoder, self._experts = decoder.twin(kernels), decoder.experts
+        self.decoder, self._experts = decoder.twin(kernels), decoder.experts
         self._passing = self._experts.passing_reads(slots)
         self._work: Generator[bool, None, Tensor] | None = None
         self._notes: list[tuple[int, LayerBuffers, list[int]]] = []
@@ -119,7 +122,7 @@ class BackgroundPrefill:
 
     def _run(self, batch: list[Stretch]) -> Generator[bool, None, Tensor]:
         """Yields after each piece: True, or False if only a read can bring the next."""
-        decoder = self._decoder
+        decoder = self.decoder
         token_ids = [token for stretch in batch for token in stretch.tokens]
         x = decoder.embed(token_ids)
         for index in range(decoder.config.num_hidden_layers):
@@ -141,7 +144,7 @@ class BackgroundPrefill:
 
     def _experts_of(self, index: int, buffers: LayerBuffers) -> Generator[bool, None, None]:
         """One layer: residents as they are, the others as they come."""
-        decoder, cache, passing = self._decoder, self._experts, self._passing
+        decoder, cache, passing = self.decoder, self._experts, self._passing
         routing = Routing(buffers.ids)
         decoder.expert_ffn.begin(buffers.h)
         pending = dict.fromkeys(cache.keys(index, serving_order(buffers.ids.numpy())))

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from flashmoe.vram_budget import VramPlan
 
 MOST_PASSING = 8  # slots for the experts of prompts that run while others decode
+# Tokens of one step of several sequences whose experts are asked for as decode does: all at once, and what
+# misses stays. More are a prefill's: expert by expert, most of them passing through.
+MOST_STEP_TOKENS = 64
 PREFILL_CHUNK = 512  # tokens; the same for every budget, or the bits of a long prompt would depend on it
 SMALLEST_DEFAULT_CONTEXT = 512
 # Share of what is left after the fixed parts that the KV cache may take when the user names no context.
@@ -139,12 +142,13 @@ def plan_budget(
             + ("" if context is None or sizes.on_gpu else " or a smaller --context")
         )
     tokens, slots = _divide(config, sizes, budget_bytes, context)
-    kv_tokens, passing = tokens, 0
+    kv_tokens, passing, step_workspace = tokens, 0, 0
     if conversations > 1 and not sizes.on_gpu:
         spare = budget_bytes - _fixed_bytes(config, sizes, tokens) - least_slots * sizes.slot_bytes
         further = int(FURTHER_KV_SHARE * max(0, spare) / config.kv_bytes_per_token)
         kv_tokens += min(further, (conversations - 1) * tokens)
-        spare -= _kv_bytes(config, sizes, kv_tokens - tokens) + _workspace_bytes(config, sizes, tokens)
+        spare -= _kv_bytes(config, sizes, kv_tokens - tokens)
+        spare -= (step_workspace := workspace_bytes(config, MOST_STEP_TOKENS))
         passing = min(MOST_PASSING, max(0, spare // sizes.slot_bytes) // 16)
         slots = least_slots + max(0, spare // sizes.slot_bytes - passing)
         slots = min(sizes.experts, slots)
@@ -153,7 +157,7 @@ def plan_budget(
         process_bytes=sizes.process_bytes + LATE_PROCESS_BYTES,
         dense_bytes=sizes.dense_bytes,
         kv_cache_bytes=_kv_bytes(config, sizes, kv_tokens),
-        workspace_bytes=_workspace_bytes(config, sizes, tokens) * (2 if passing else 1),
+        workspace_bytes=_workspace_bytes(config, sizes, tokens) + step_workspace,
         slot_bytes=sizes.slot_bytes,
         slots=slots,
         experts=sizes.experts,

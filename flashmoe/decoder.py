@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache_policies.replay import serving_order
+from flashmoe.budget import MOST_STEP_TOKENS
 from flashmoe.config import ModelConfig
 from flashmoe.expert_cache import ExpertCache
 from flashmoe.kv_cache import KVCache
@@ -23,10 +24,6 @@ from flashmoe.rotary import Rotary
 from flashmoe.weights import DenseWeights, LayerWeights, Weight
 from kernels.expert_ffn import ExpertFFN, Routing
 from kernels.native import ACTIVATIONS, Attention, Context, Experts, Format, Router, gather_rows
-
-# Tokens of one step of several sequences whose experts are asked for as decode does: all at once, and what
-# misses stays. More are a prefill's: expert by expert, most of them passing through.
-MOST_STEP_TOKENS = 64
 
 _QK_NORMS = {"none": 0, "head": 1, "full": 2}
 
@@ -204,7 +201,7 @@ class Decoder:
         if len(x) == 1:
             self._experts_of_one_token(index, x, step)
         else:
-            self._experts_of_many(index, step)
+            self._experts_of_many(index, x, step)
         self.add_experts(index, x, buffers)
 
     def has_experts(self, index: int) -> bool:
@@ -250,7 +247,7 @@ class Decoder:
         for batch in batches:
             self.expert_ffn.add_to_one_token(batch)
 
-    def _experts_of_many(self, index: int, step: "_Step") -> None:
+    def _experts_of_many(self, index: int, x: Tensor, step: "_Step") -> None:
         """Grouped by expert, so that each is read at most once."""
         buffers, routing = step.buffers, Routing(step.buffers.ids)
         ids, weights = buffers.ids.tolist(), buffers.weights.tolist()
@@ -259,6 +256,8 @@ class Decoder:
             batches = self.experts.fetch_together(
                 index, order, ids, weights, buffers.scores, step.token_ids
             )
+            if self.prefetcher is not None:
+                self.prefetcher.routed_together(self.experts, index, x)
             for batch in batches:
                 self.expert_ffn.add(routing, [(order[place], addresses) for place, addresses in batch])
             return

@@ -55,6 +55,26 @@ class NextRouter:
         return guesses
 
 
+    def predict_together(self, layer: int, x: Tensor) -> list[Guess]:
+        """For one step of several sequences, x [T, D]: the next layer's experts, the surest first. An
+        expert's confidence is the chance that at least one token wants it, were weights chances."""
+        ahead, tokens = layer + 1, len(x)
+        router = self._routers[ahead] if ahead < len(self._routers) else None
+        if router is None:
+            return []
+        top_k = len(self._ids)
+        h, probabilities = torch.empty(tokens, x.shape[1]), torch.empty(tokens, len(self._probabilities))
+        ids, weights = torch.empty(tokens, top_k, dtype=torch.int32), torch.empty(tokens, top_k)
+        self._kernels.route(
+            router, x.data_ptr(), tokens, h.data_ptr(), probabilities.data_ptr(), ids.data_ptr(),
+            weights.data_ptr(),
+        )  # fmt: skip
+        unwanted = np.ones(len(self._probabilities))
+        np.multiply.at(unwanted, ids.numpy().ravel(), 1 - np.minimum(weights.numpy().ravel(), 1.0))
+        order = np.argsort(unwanted, kind="stable")
+        return [Guess(ahead, int(e), float(1 - unwanted[e])) for e in order if unwanted[e] < 1]
+
+
 class TransitionTable:
     """Counts, learnt as tokens come: which experts of the next layer follow the experts of this one, and
     which the layer chose for the token before (ST-MoE, arXiv 2606.15453). No model needed."""

@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -45,6 +45,14 @@ class Predictor(Protocol):
     def predict(self, layer: int, x: Tensor, routed: Sequence[int], scores: Sequence[float]) -> list[Guess]:
         """One token's event, observed: guesses, the surest first. x [1, D] is the residual stream that the
         layer's experts will be added to; `scores` [E] the router's probabilities. Neither may be kept."""
+
+
+@runtime_checkable
+class BatchPredictor(Protocol):
+    """Guesses for several tokens at once; it keeps nothing of a sequence."""
+
+    def predict_together(self, layer: int, x: Tensor) -> list[Guess]:
+        """One step's event, x [T, D] as in `Predictor.predict`: guesses, the surest first."""
 
 
 class Trial:
@@ -132,6 +140,14 @@ class Prefetcher(PrefetchSwitch):
             guesses = self.predictor.predict(layer, x, routed, scores)
             sure = [(g.layer, g.expert) for g in guesses if g.confidence >= self.least_confidence]
             cache.prefetch(sure, room)
+
+
+    def routed_together(self, cache: ExpertCache, layer: int, x: Tensor) -> None:
+        """As `routed`, for a step of several sequences. A prompt in the background has the idle drive."""
+        if isinstance(self.predictor, BatchPredictor) and cache.in_wait is None:
+            room = min(2 * self.at_most, self._clock.reads_that_fit(cache))
+            if room > 0:
+                cache.prefetch([(g.layer, g.expert) for g in self.predictor.predict_together(layer, x)], room)
 
 
 class _IdleClock:

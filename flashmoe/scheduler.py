@@ -18,8 +18,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from flashmoe.background_prefill import BackgroundPrefill
-from flashmoe.budget import PREFILL_CHUNK
-from flashmoe.decoder import MOST_STEP_TOKENS, Stretch
+from flashmoe.budget import MOST_STEP_TOKENS, PREFILL_CHUNK
+from flashmoe.decoder import Stretch
 from flashmoe.errors import ContextError, FlashMoEError, ModelError, QueueFullError
 from flashmoe.generation import Constraint, GenerationRequest, Piece
 from flashmoe.kv_cache import KVPool, OneSequence, shared_prefix
@@ -426,7 +426,9 @@ class Scheduler:
             running.recorder.step_begins()
         try:
             batch = [Stretch(running.kv_cache, tokens) for running, tokens in work]
-            logits = self.decoder.forward_batch(batch, check)
+            many = sum(len(tokens) for _, tokens in work) > MOST_STEP_TOKENS
+            prompts = self.background.decoder if self.background is not None and many else None
+            logits = (prompts or self.decoder).forward_batch(batch, check)
         except _AllCancelled:
             self._end_cancelled()
             return

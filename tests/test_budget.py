@@ -328,7 +328,7 @@ def peak_of_the_last_chunk(config: ModelConfig, context: int, tmp_path: Path) ->
     """Bytes of temporary tensors while the last chunk of a full context is prefilled."""
     decoder = decoder_of(config, context)
     tokens = min(PREFILL_CHUNK, context)
-    decoder.kv_cache.length = context - tokens
+    decoder.kv_cache.append([0] * (context - tokens))
     of_torch = peak_allocated(tmp_path, lambda: decoder.forward(list(range(tokens))))
     return of_torch + decoder.kernels.workspace_bytes
 
