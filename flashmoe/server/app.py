@@ -39,7 +39,7 @@ _EVENTS = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 
 def create_app(service: Service, hosts: AllowedHosts, api_key: str | None = None) -> ASGIApp:
     """The whole application, guarded."""
-    return Guard(create_api(service), service.limits, hosts, api_key)
+    return Guard(create_api(service), service.limits, hosts, api_key, service.metrics.refused)
 
 
 def create_api(service: Service) -> FastAPI:

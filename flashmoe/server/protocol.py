@@ -53,6 +53,9 @@ class LimitedProtocol(H11Protocol):
         else:
             super().timeout_keep_alive_handler()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """An upgrade is simply not made; uvicorn would log advice to install a WebSocket library."""
+
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(self.limits.header_s, self._head_is_late)
 

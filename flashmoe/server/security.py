@@ -7,7 +7,7 @@ One ASGI layer around the whole application; it has the whole body before anythi
 import asyncio
 import hmac
 import ipaddress
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -53,8 +53,12 @@ class AllowedHosts:
 class Guard:
     """The ASGI layer."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, hosts: AllowedHosts, api_key: str | None) -> None:
-        self._app, self._limits, self._hosts = app, limits, hosts
+    def __init__(
+        self, app: ASGIApp, limits: Limits, hosts: AllowedHosts, api_key: str | None,
+        note: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        """`note` is told the status of each refusal."""
+        self._app, self._limits, self._hosts, self._note = app, limits, hosts, note
         self._key = None if api_key is None else api_key.encode("utf-8")
         self._held_bytes = 0  # of all requests under way
 
@@ -75,6 +79,7 @@ class Guard:
             if not await self._fill(body, Headers(scope=scope), receive):  # the client left
                 return
         except ApiError as error:
+            self._note(error.status_code)
             await self._discard(receive)
             headers = {**(error.headers or {}), "Connection": "close"}  # the rest of the body is not read
             await JSONResponse(error.body(), error.status_code, headers)(scope, receive, guarded)
