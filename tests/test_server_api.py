@@ -9,8 +9,11 @@ import openai
 import pytest
 from openai import OpenAI
 from servers import Server, serving
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from flashmoe import LLM
+from flashmoe.server.app import page_routes
 
 USER: Any = [{"role": "user", "content": "what is the capital of France"}]
 COLOURS = {
@@ -317,6 +320,23 @@ def test_while_the_model_loads_everything_says_so():
         assert server.request("GET", "/metrics")[0] == 200
 
 
+# The page
+
+
+def test_the_pages_files_are_served_from_their_folder_and_nothing_beside_it(tmp_path: Path):
+    web = tmp_path / "web"
+    (web / "assets").mkdir(parents=True)
+    (tmp_path / "secret").write_text("secret")
+    (web / "index.html").write_text("<title>page</title>")
+    (web / "assets" / "app.js").write_text("1;")
+    client = TestClient(Starlette(routes=page_routes(web)))
+    assert client.get("/").text == client.get("/index.html").text == "<title>page</title>"
+    assert client.get("/assets/app.js").headers["content-type"].startswith("text/javascript")
+    for path in ("/assets/../../secret", "/assets/%2e%2e/%2e%2e/secret", "/secret", "/assets/"):
+        assert client.get(path).status_code == 404
+    assert page_routes(tmp_path / "none") == []
+
+
 # Errors
 
 
@@ -344,6 +364,9 @@ def test_while_the_model_loads_everything_says_so():
         ({"response_format": {"type": "json_schema"}}, "response_format", "needs a json_schema.schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nope"}}}},
          "response_format", "cannot be used: Invalid type"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}],
+          "tool_choice": "required"}, "tools", "tool f have type 'array'"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools", "the same name"),
     ],
 )  # fmt: skip
 def test_a_bad_field_is_a_400_that_names_it(server: Server, fields: Any, param: str, message: str):

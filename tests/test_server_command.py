@@ -97,6 +97,14 @@ def test_an_impossible_option_ends_with_one_line_before_anything_loads(
     assert message in error and error.count("\n") == 1
 
 
+def test_other_commands_load_nothing_of_it():
+    """`flashmoe --help` answers at once."""
+    code = "import sys, flashmoe.cli; flashmoe.cli.build_parser().format_help()\n"
+    code += "print(*{'fastapi', 'uvicorn', 'pydantic', 'llguidance', 'prometheus_client'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
 def test_a_size_without_a_folder_is_wrong_usage(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as left:
         cli.main(["serve", "--session-cache-size", "1G"])

@@ -480,3 +480,37 @@ def test_files_too_large_to_be_true_are_not_read(tmp_path: Path) -> None:
 def test_the_tokenizer_needs_no_torch() -> None:
     code = "import sys, flashmoe.tokenizer; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Single tokens, and templates with tools
+
+
+def test_the_bytes_of_tokens_join_to_the_text(tiny_model: Path):
+    """Also where a token is a part of a character."""
+    tokenizer = Tokenizer(tiny_model)
+    for text in ("the expert", "naïve – 日本語 🙂", "a\n\tb"):
+        ids = tokenizer.encode(text)
+        assert b"".join(tokenizer.token_bytes(id) for id in ids) == text.encode()
+    assert "\ufffd" in "".join(tokenizer.token_text(id) for id in tokenizer.encode("日"))
+
+
+def test_special_tokens_have_their_own_text(tiny_model: Path):
+    tokenizer = Tokenizer(tiny_model)
+    end = tokenizer.id_of("<|im_end|>")
+    assert end is not None and tokenizer.token_text(end) == "<|im_end|>"
+    assert tokenizer.visible_token(end) is None
+    assert tokenizer.id_of("no such token") is None
+
+
+def test_a_template_gets_tools_and_variables_but_cannot_lose_the_messages(tmp_path: Path, tiny_model: Path):
+    source = "{{ messages[0].content }}{% if tools %}|{{ tools[0].name }}{% endif %}|{{ mood }}"
+    (tmp_path / "tokenizer.json").write_bytes((tiny_model / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
+    tokenizer = Tokenizer(tmp_path)
+    user = [{"role": "user", "content": "hi"}]
+    assert tokenizer.template_takes_tools and tokenizer.template_mentions("mood")
+    assert tokenizer.apply_chat_template(user) == "hi|"
+    variables = {"mood": "calm", "messages": 1}
+    shown = tokenizer.apply_chat_template(user, tools=[{"name": "f"}], variables=variables)
+    assert shown == "hi|f|calm"
+    assert not Tokenizer(tiny_model).template_takes_tools

@@ -29,7 +29,7 @@ from flashmoe.server.schemas import (
     TokenizeRequest,
     TokenList,
 )
-from flashmoe.server.security import AllowedHosts, Guard
+from flashmoe.server.security import AllowedHosts, Guard, needs_key
 from flashmoe.server.service import Service, check_length
 from flashmoe.server.strict_json import StrictRequest, StrictRoute
 
@@ -176,16 +176,19 @@ def page_routes(folder: Path) -> Sequence[BaseRoute]:
 
 
 def _describe_errors_as_they_are(api: FastAPI) -> None:
-    """FastAPI documents status 422, which we never give."""
+    """FastAPI documents status 422, which we never give, and does not know of the key."""
     describe = api.openapi
 
     def openapi() -> dict[str, Any]:
         document = describe()
-        for path in document["paths"].values():
-            for operation in path.values():
+        for path, operations in document["paths"].items():
+            for operation in operations.values():
                 operation["responses"].pop("422", None)
+                if needs_key(path):
+                    operation["security"] = [{}, {"key": []}]  # where the server was given one
         for name in ("HTTPValidationError", "ValidationError"):
             document["components"]["schemas"].pop(name, None)
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         return document
 
     api.openapi = openapi  # type: ignore[method-assign]

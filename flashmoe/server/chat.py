@@ -24,7 +24,7 @@ from flashmoe.server.answer_parser import (
     Style,
     parser_for,
 )
-from flashmoe.server.errors import ApiError
+from flashmoe.server.errors import ApiError, blaming
 from flashmoe.server.generations import Answers, Job
 from flashmoe.server.logprobs import chat_entry
 from flashmoe.server.schemas import ChatRequest, Message, NamedTool
@@ -156,7 +156,8 @@ def _tools(request: ChatRequest) -> list[dict[str, Any]]:
     if len(set(names)) < len(names):
         raise ApiError(400, "two tools have the same name; give each its own", "tools")
     for tool in tools:
-        check_schema(tool["function"].get("parameters", {}))
+        with blaming("tools"):
+            check_schema(tool["function"].get("parameters", {}))
     match request.tool_choice:
         case "none":
             return []
@@ -190,17 +191,18 @@ def _constraint(
     must_call = bool(tools) and (choice == "required" or isinstance(choice, NamedTool))
     if must_call or (tools and schema is not None):
         assert reading.style is not None
-        return grammars.lark(
-            call_grammar(
+        with blaming("tools"):
+            grammar = call_grammar(
                 reading.style, tools, opened.llm.tokenizer, parallel=request.parallel_tool_calls is not False,
                 thinking=reading.thinking, otherwise=None if must_call else schema,
             )  # fmt: skip
-        )
+            return grammars.lark(grammar)
     if schema is None:
         return None
-    if reading.thinking:
-        return grammars.lark(json_grammar_behind_thought(schema))
-    return grammars.schema(schema)
+    with blaming("response_format"):
+        if reading.thinking:
+            return grammars.lark(json_grammar_behind_thought(schema))
+        return grammars.schema(schema)
 
 
 def _schema(request: ChatRequest) -> dict[str, Any] | None:
@@ -211,7 +213,8 @@ def _schema(request: ChatRequest) -> dict[str, Any] | None:
         return {"type": "object"}
     if form.json_schema is None or form.json_schema.schema_ is None:
         raise ApiError(400, "response_format json_schema needs a json_schema.schema", "response_format")
-    check_schema(form.json_schema.schema_)
+    with blaming("response_format"):
+        check_schema(form.json_schema.schema_)
     return form.json_schema.schema_
 
 
@@ -222,7 +225,7 @@ class _Choice:
     """One answer while it comes: pieces in, deltas out, and what they add up to."""
 
     def __init__(self, tokenizer: Tokenizer, reading: Reading) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._style = tokenizer, reading.style
         self._parser = parser_for(reading.style, reading.tools, reading.thinking)
         self._markers = {
             id: text
@@ -263,6 +266,10 @@ class _Choice:
             message["content"] = self.content
         return message
 
+    def _call_id(self) -> str:
+        """Mistral's templates refuse any but nine letters and digits."""
+        return secrets.token_hex(5)[:9] if self._style == "mistral" else f"call_{secrets.token_hex(12)}"
+
     def _delta(self, part: Part) -> dict[str, Any]:
         match part:
             case Content(text):
@@ -272,7 +279,7 @@ class _Choice:
                 self.reasoning += text
                 return {"reasoning_content": text}
             case Call(name):
-                call: dict[str, Any] = {"id": f"call_{secrets.token_hex(12)}", "type": "function"}
+                call: dict[str, Any] = {"id": self._call_id(), "type": "function"}
                 self.calls.append({**call, "function": {"name": name, "arguments": ""}})
                 call |= {"index": len(self.calls) - 1, "function": {"name": name, "arguments": ""}}
                 return {"tool_calls": [call]}

@@ -1,7 +1,8 @@
 """Errors as OpenAI writes them: {"error": {"message", "type", "param", "code"}} with a fitting status."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -62,14 +63,21 @@ def api_error(error: Exception) -> ApiError:
             wait = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
             return ApiError(429, str(error), code="queue_full", headers=wait)
         case ContextError():
-            return ApiError(400, str(error), "messages", "context_length_exceeded")
-        case GrammarError():
-            return ApiError(400, str(error), "response_format", "invalid_schema")
+            return ApiError(400, str(error), code="context_length_exceeded")
         case ConfigError() | TokenizerError() | ModelError():
             return ApiError(400, str(error))
         case FlashMoEError() | StorageError():
             return ApiError(500, str(error))
     return ApiError(500, f"internal error ({type(error).__name__}); the server's log has the details")
+
+
+@contextmanager
+def blaming(param: str) -> Generator[None, None, None]:
+    """A schema that cannot be used is this field's."""
+    try:
+        yield
+    except GrammarError as error:
+        raise ApiError(400, str(error), param, "invalid_schema") from error
 
 
 def install(app: FastAPI, note: Callable[[int], None]) -> None:

@@ -95,7 +95,7 @@ class Guard:
             )
         if method not in _READING and not _same_origin(headers, host):
             raise ApiError(403, "pages of other origins may not use this server", code="origin")
-        if self._key is None or path in _OPEN or not path.startswith(_KEYED):
+        if self._key is None or not needs_key(path):
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
         # Starlette reads headers as Latin-1; compare the bytes that came.
@@ -195,16 +195,21 @@ def _same_origin(headers: Headers, host: str) -> bool:
     if headers.get("sec-fetch-site", "none") in ("cross-site", "same-site"):
         return False
     origin = headers.get("origin")
-    return origin is None or urlsplit_netloc(origin) == host.lower()
+    return origin is None or _netloc(origin) == host.lower()
 
 
-def urlsplit_netloc(origin: str) -> str | None:
+def _netloc(origin: str) -> str | None:
     """"host:port" of an origin; None if it is none, as "null" is."""
     try:
         parts = urlsplit(origin.lower())
     except ValueError:
         return None
     return parts.netloc if parts.scheme in ("http", "https") else None
+
+
+def needs_key(path: str) -> bool:
+    """Whether a path is the API's, not the page's."""
+    return path.startswith(_KEYED) and path not in _OPEN
 
 
 def is_loopback(host: str) -> bool:
