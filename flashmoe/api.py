@@ -319,6 +319,11 @@ class LLM:
         if prefetcher is not None:
             stats.prefetch = prefetcher.verdict
 
+    def reset(self) -> None:
+        """Forget all keys and values, so that the next prompt runs from its first token; experts stay."""
+        self.engine.reset()
+        self.kv_pool.forget()
+
     def use_policy(self, policy: str, prefetch: str | None = None, predictor: str | None = None) -> None:
         """Go on with empty slots under another policy, which has seen nothing; weights and KV cache stay.
 

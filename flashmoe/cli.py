@@ -444,7 +444,7 @@ def _load_llm(
             token_rounding=arguments.token_rounding,
             progress=progress,
             on_plan=partial(_show_plan, screen=screen),
-            **extra,
+            **{"max_batch": 1, **extra},  # nobody but a server has several generations at once
         )
     _show_probe(llm, screen, arguments.verbose)
     return llm

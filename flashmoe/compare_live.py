@@ -128,7 +128,7 @@ def _answer(llm: LLM, chats: Iterable[tuple[str, Sequence[str]]], options: LiveO
     for _, turns in chats:
         if left is not None and left <= 0:
             break
-        llm.engine.reset()
+        llm.reset()
         chat = llm.chat(temperature=0.0)
         ids: list[int] = []
         answers.token_ids.append(ids)

@@ -146,7 +146,7 @@ class _Run:
             self.recorded.too_long += 1
 
     def _begin(self, dataset: str) -> None:
-        self._llm.engine.reset()  # a prefix that is in the KV cache would not run, and not be seen
+        self._llm.reset()  # a prefix that is in the KV cache would not run, and not be seen
         self._recorder.begin_sequence(dataset)
         self.recorded.sequences += 1
 

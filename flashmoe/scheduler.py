@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flashmoe.background_prefill import BackgroundPrefill
 from flashmoe.budget import MOST_STEP_TOKENS, PREFILL_CHUNK
-from flashmoe.decoder import Stretch
+from flashmoe.decoder import RoutingObserver, Stretch
 from flashmoe.errors import ContextError, FlashMoEError, ModelError, QueueFullError
 from flashmoe.generation import Constraint, GenerationRequest, Piece
 from flashmoe.kv_cache import KVPool, OneSequence, shared_prefix
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 class BatchDecoder(Protocol):
     """What computes: flashmoe/decoder.py."""
+
+    observer: RoutingObserver | None
 
     def forward_batch(
         self, batch: Sequence[Stretch], check: Callable[[], None] | None = None
@@ -238,6 +240,7 @@ class Scheduler:
             except Exception as error:  # a bug of ours: those who ran get to know, the others go on
                 logger.exception("a step failed")
                 with self._lock:
+                    self._give_background_up()
                     for running in list(self._running):
                         self._end(running, "error", error)
 
@@ -280,7 +283,7 @@ class Scheduler:
             with self._work:
                 self._waiting.popleft()
             request = waiting.request
-            if not request.generated:
+            if not waiting.has_run:
                 request.stats.cached_tokens = kv_cache.length
                 request.stats.prefill_tokens = len(tokens) - kv_cache.length
                 self.totals.prompt_tokens += len(tokens)
@@ -312,10 +315,11 @@ class Scheduler:
         short = self._short_prompts(prefilling, MOST_STEP_TOKENS - len(decoding))
         prompts = [r for r in prefilling if r not in short]
         if prompts and not self._in_background:
-            if self.background is None:
+            background = self._usable_background()
+            if background is None:
                 self._forward(_first_tokens(prompts, PREFILL_CHUNK))
             else:
-                self._begin_in_background(prompts)
+                self._begin_in_background(background, prompts)
         if self._in_background:
             self._forward_beside_background(decoding + short)
         else:
@@ -327,10 +331,13 @@ class Scheduler:
         self._forward([(r, r.pending) for r in running])
         return time.perf_counter() - begin
 
-    def _begin_in_background(self, prompts: list[_Running]) -> None:
-        assert self.background is not None
+    def _usable_background(self) -> BackgroundPrefill | None:
+        """None while somebody watches the routing, which takes one forward pass after the other."""
+        return None if self.decoder.observer is not None else self.background
+
+    def _begin_in_background(self, background: BackgroundPrefill, prompts: list[_Running]) -> None:
         work = _first_tokens(prompts, PREFILL_CHUNK)
-        self.background.begin([Stretch(running.kv_cache, tokens) for running, tokens in work])
+        background.begin([Stretch(running.kv_cache, tokens) for running, tokens in work])
         self._in_background = [running for running, _ in work]
         for running in self._in_background:
             running.recorder.step_begins()
@@ -413,7 +420,7 @@ class Scheduler:
         self.kv_pool.release(running.kv_cache)
         self.totals.preempted += 1
         with self._work:
-            self._waiting.appendleft(_Waiting(running.request, running.recorder))
+            self._waiting.appendleft(_Waiting(running.request, running.recorder, has_run=True))
 
     def _forward(self, work: list[tuple[_Running, list[int]]]) -> None:
         """Run the next tokens of some; whose are then all in the KV cache get a token more."""
@@ -427,8 +434,9 @@ class Scheduler:
         try:
             batch = [Stretch(running.kv_cache, tokens) for running, tokens in work]
             many = sum(len(tokens) for _, tokens in work) > MOST_STEP_TOKENS
-            prompts = self.background.decoder if self.background is not None and many else None
-            logits = (prompts or self.decoder).forward_batch(batch, check)
+            background = self._usable_background() if many else None
+            decoder = self.decoder if background is None else background.decoder
+            logits = decoder.forward_batch(batch, check)
         except _AllCancelled:
             self._end_cancelled()
             return
@@ -495,6 +503,7 @@ class _Pace:
 class _Waiting:
     request: GenerationRequest
     recorder: Recorder
+    has_run: bool = False
 
 
 def _first_tokens(prefilling: list[_Running], most: int) -> list[tuple[_Running, list[int]]]:

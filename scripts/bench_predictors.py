@@ -146,7 +146,7 @@ def offline(llm: LLM, text: TokenText, options: argparse.Namespace) -> list[dict
     done = 0
     while done < options.warm + options.tokens:
         ids = text.take(PREFIX + min(options.sequence, options.warm + options.tokens - done))
-        llm.engine.reset()
+        llm.reset()
         llm.engine.prefill(ids[:PREFIX])
         for token in ids[PREFIX:]:
             watch.counting = done >= options.warm
@@ -194,7 +194,7 @@ def live(llm: LLM, text: TokenText, options: argparse.Namespace) -> list[dict[st
         for contender in contenders[begin:] + contenders[:begin]:
             llm.use_policy(options.policy, *contender)
             decoder.prefetcher = kept.setdefault(contender, decoder.prefetcher)
-            llm.engine.reset()
+            llm.reset()
             llm.engine.prefill(ids[:PREFIX])
             for token in ids[PREFIX : PREFIX + options.warm]:
                 llm.engine.decode_one_token(token)
@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     context = PREFIX + (options.warm + options.tokens if options.live else options.sequence)
     with LLM(
         options.model, ram_budget=options.ram_budget, policy=options.policy, context=context,
-        reader=options.reader, threads=options.threads,
+        reader=options.reader, threads=options.threads, max_batch=1,
     ) as llm:  # fmt: skip
         text = TokenText(llm.tokenizer, read_prompts(options.text) if options.text else [BUILT_IN_TEXT])
         print(f"{llm.plan.slots} of {llm.plan.experts} experts in memory, {llm.probed.reader} reads at"

@@ -74,7 +74,7 @@ def main() -> None:
 
 def greedy(llm: LLM, prompt: list[int], count: int) -> tuple[list[int], list[Tensor]]:
     """`count` tokens after the prompt, and the logits that chose each."""
-    llm.engine.reset()
+    llm.reset()
     logits = llm.engine.prefill(prompt).clone()
     tokens, kept = [], []
     for _ in range(count):
@@ -86,7 +86,7 @@ def greedy(llm: LLM, prompt: list[int], count: int) -> tuple[list[int], list[Ten
 
 def forced(llm: LLM, prompt: list[int], tokens: list[int]) -> list[Tensor]:
     """The logits before each of the given tokens."""
-    llm.engine.reset()
+    llm.reset()
     kept = [llm.engine.prefill(prompt).clone()]
     for token in tokens[:-1]:
         kept.append(llm.engine.decode_one_token(token).clone())

@@ -57,7 +57,8 @@ class Ours:
         budget = "auto" if job.memory_bytes is None else job.memory_bytes
         reader = job.options.get("reader", "auto")
         context = len(job.tokens) + 1
-        self._llm = LLM(job.model, ram_budget=budget, reader=reader, context=context, threads=job.threads)
+        options = dict(reader=reader, context=context, threads=job.threads, max_batch=1)
+        self._llm = LLM(job.model, ram_budget=budget, **options)
 
     def prefill(self, tokens: Sequence[int]) -> Any:
         return self._llm.engine.prefill(tokens).numpy()
@@ -66,7 +67,7 @@ class Ours:
         return self._llm.engine.decode_one_token(token).numpy()
 
     def reset(self) -> None:
-        self._llm.engine.reset()
+        self._llm.reset()
 
     def counters(self) -> dict[str, float]:
         counters = self._llm.expert_cache.counters

@@ -65,7 +65,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
     context = PREFIX + options.tokens
-    with LLM(options.model, ram_budget=options.ram_budget, context=context, threads=options.threads) as llm:
+    fixed = dict(context=context, threads=options.threads, max_batch=1)
+    with LLM(options.model, ram_budget=options.ram_budget, **fixed) as llm:
         text = TokenText(llm.tokenizer, [BUILT_IN_TEXT])
         decode(llm, text.take(context))  # fills the slots
         passes = [decode(llm, text.take(context)) for _ in range(options.repetitions)]
