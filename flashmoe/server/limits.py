@@ -8,7 +8,8 @@ class Limits:
     """Bytes as int, time in seconds."""
 
     body_bytes: int = 4 << 20
-    bodies_bytes: int = 16 << 20  # of all requests under way
+    bodies_bytes: int = 16 << 20  # of all requests under way; above it, only small bodies are taken
+    small_bytes: int = 64 << 10
     body_s: float = 30.0  # to send a body
     header_s: float = 10.0  # to send a request's head
     idle_s: float = 30.0  # an open connection without a request

@@ -141,7 +141,8 @@ class Guard:
                     self._held_bytes += len(bit)
                     if body.size > most:
                         raise too_large
-                    if self._held_bytes > self._limits.bodies_bytes:
+                    # Small ones always pass: four who hold much should not lock everybody out.
+                    if self._held_bytes > self._limits.bodies_bytes and body.size > self._limits.small_bytes:
                         raise ApiError(
                             503, "too many large requests at once; try again later", code="busy",
                             headers={"Retry-After": "5"},
