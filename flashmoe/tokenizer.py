@@ -16,7 +16,6 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-import jinja2.meta
 import jinja2.sandbox
 import tokenizers
 from jinja2 import nodes
@@ -232,9 +231,10 @@ class ChatTemplate:
     def takes_tools(self) -> bool:
         """Whether the template reads the variable `tools`; a broken one does not."""
         try:
-            return "tools" in jinja2.meta.find_undeclared_variables(self._environment.parse(self.source))
+            names = self._environment.parse(self.source).find_all(nodes.Name)
         except jinja2.TemplateError:
             return False
+        return any(name.name == "tools" for name in names)
 
     @cached_property
     def _template(self) -> jinja2.Template:

@@ -514,3 +514,11 @@ def test_a_template_gets_tools_and_variables_but_cannot_lose_the_messages(tmp_pa
     shown = tokenizer.apply_chat_template(user, tools=[{"name": "f"}], variables=variables)
     assert shown == "hi|f|calm"
     assert not Tokenizer(tiny_model).template_takes_tools
+
+
+def test_a_template_that_gives_tools_a_default_takes_them(tmp_path: Path, tiny_model: Path):
+    """Mistral's do; to jinja2 the name is then a variable of the template's own."""
+    source = "{% if not tools is defined %}{% set tools = none %}{% endif %}{{ tools }}"
+    (tmp_path / "tokenizer.json").write_bytes((tiny_model / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
+    assert Tokenizer(tmp_path).template_takes_tools
