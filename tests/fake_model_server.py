@@ -63,7 +63,7 @@ class FakeModel:
     def __init__(self, api_key: str | None = None) -> None:
         self.api_key = api_key
         self.requests: list[dict[str, Any]] = []
-        self.cancelled = 0
+        self.cancelled: list[str] = []  # what was asked by those who did not wait for the end
         self.running = self.pieces = self.looks = 0
         self.app = FastAPI()
         self.app.middleware("http")(self._guard)
@@ -84,16 +84,19 @@ class FakeModel:
     async def chat(self, request: Request) -> Response:
         body = await request.json()
         self.requests.append(body)
-        word = body["messages"][-1]["content"].split()[0]
+        question = body["messages"][-1]["content"]
+        word = question.split()[0]
         if word == "busy":
             error = error_body(429, "64 requests wait already", code="queue_full")
             return JSONResponse(error, 429, {"Retry-After": "7"})
         if word == "full":
             message = "the prompt of 9000 tokens is longer than the context of 8192"
             return JSONResponse(error_body(400, message, "messages", "context_length_exceeded"), 400)
-        return StreamingResponse(self._events(word, len(self.requests)), media_type="text/event-stream")
+        events = self._events(question, len(self.requests))
+        return StreamingResponse(events, media_type="text/event-stream")
 
-    async def _events(self, word: str, number: int) -> AsyncIterator[str]:
+    async def _events(self, question: str, number: int) -> AsyncIterator[str]:
+        word = question.split()[0]
         self.running += 1
         try:
             yield _event({"role": "assistant", "content": ""})
@@ -111,7 +114,7 @@ class FakeModel:
                      "prompt_tokens_details": {"cached_tokens": 12}}  # fmt: skip
             yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n"
         except asyncio.CancelledError:
-            self.cancelled += 1
+            self.cancelled.append(question)
             raise
         finally:
             self.running -= 1
@@ -142,7 +145,7 @@ class FakeModel:
         return {
             "model": "fake-moe", "policy": "learned", "uptime_s": 100.0 + at,
             "requests": {"running": self.running, "waiting": 0, "queue_limit": 64,
-                         "finished": len(self.requests), "cancelled": self.cancelled, "failed": 0},
+                         "finished": len(self.requests), "cancelled": len(self.cancelled), "failed": 0},
             "tokens": {"prompt": 20, "cached": 12, "generated": at, "per_s": 24.5 if at else 0.0},
             "cache": {"tier": "RAM", "layers": list(range(LAYERS)), "experts": EXPERTS, "top_k": 8,
                       "slots": 256, "resident": [f"{row:08x}" for row in rows],

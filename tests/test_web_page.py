@@ -72,7 +72,8 @@ def served() -> Iterator[tuple[FakeModel, str]]:
 def fake(served: tuple[FakeModel, str]) -> FakeModel:
     fake, _ = served
     fake.requests.clear()
-    fake.cancelled = fake.pieces = 0
+    fake.cancelled.clear()
+    fake.pieces = 0
     return fake
 
 
@@ -157,7 +158,7 @@ def test_an_answer_streams_and_becomes_formatted_text(page: Page, fake: FakeMode
 def test_an_answer_is_shown_before_it_is_over(page: Page) -> None:
     answer = ask(page, "slow")
     expect(answer).to_contain_text("word3")
-    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    expect(page.get_by_role("button", name="Stop", exact=True)).to_be_visible()
     expect(answer.get_by_role("button", name="Regenerate")).to_be_hidden()
 
 
@@ -166,7 +167,7 @@ def test_finished_blocks_are_not_drawn_again(page: Page) -> None:
     page.evaluate(
         """() => new MutationObserver((changes) => {
             for (const { removedNodes } of changes)
-              for (const node of removedNodes) if (node.querySelector?.("h4")) window.drawnAgain = true;
+              for (const node of removedNodes) if (node.textContent === "A title") window.drawnAgain = true;
         }).observe(document.getElementById("turns"), { childList: true, subtree: true })"""
     )
     finished(ask(page, "hello"))
@@ -194,13 +195,13 @@ def test_what_a_hostile_model_writes_does_no_harm(page: Page) -> None:
 
 
 def test_stop_ends_the_answer_here_and_at_the_server(page: Page, fake: FakeModel) -> None:
-    answer = ask(page, "slow")
+    answer = ask(page, "slow and stopped")
     expect(answer).to_contain_text("word3")
-    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Stop", exact=True).click()
     expect(finished(answer)).to_contain_text("stopped")
     expect(page.get_by_role("button", name="Send")).to_be_visible()
     page.wait_for_function("async () => (await (await fetch('v1/stats')).json()).requests.running === 0")
-    assert fake.cancelled == 1
+    assert "slow and stopped" in fake.cancelled
     ask(page, "hello again")
     expect(page.locator("article.answer")).to_have_count(2)
     finished(page.locator("article.answer").last)
@@ -256,11 +257,12 @@ def test_two_conversations_are_answered_at_once(page: Page, fake: FakeModel) -> 
     page.get_by_role("button", name="New conversation").click()
     expect(page.get_by_role("button", name="Send")).to_be_visible()
     expect(ask(page, "slow two")).to_contain_text("word3")
-    assert fake.running == 2
+    expect(page.get_by_title("being answered")).to_have_count(2)
+    assert fake.running >= 2
     page.keyboard.press("Escape")
     finished(page.locator("article.answer"))
     page.get_by_role("button", name="slow one", exact=True).click()
-    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    expect(page.get_by_role("button", name="Stop", exact=True)).to_be_visible()
 
 
 def test_the_cache_is_seen_at_work(page: Page) -> None:
@@ -518,7 +520,7 @@ def test_the_demo_model_answers_and_its_cache_is_seen_at_work(demo_url: str, new
     set_up(page, Temperature="0", Most_tokens="120")
     answer = ask(page, "What is the capital of France?")
     expect(answer).to_contain_text("Paris", timeout=120_000)
-    expect(page.locator("#residency-summary")).to_contain_text(re.compile(r"2\d\d of 1,440 experts"))
+    expect(page.locator("#residency-summary")).to_contain_text(re.compile(r"[1-9]\d\d of 1,440 experts"))
     expect(page.get_by_role("button", name="Send")).to_be_visible(timeout=120_000)
     expect(answer).to_contain_text("tokens/s")
     assert pixels(page, "heat-map") != before

@@ -45,12 +45,13 @@ export class MarkdownView {
   show(text, isWhole) {
     const tokens = marked.lexer(text).filter((token) => token.type !== "space");
     tokens.forEach((token, i) => {
-      if (this.blocks[i]?.raw === token.raw) return;
+      const raw = token.raw.trimEnd(); // the empty line behind a block belongs to it, and comes later
+      if (this.blocks[i]?.raw === raw) return;
       const node = document.createElement("div");
       node.append(draw(token));
       if (this.blocks[i]) this.blocks[i].node.replaceWith(node);
       else this.root.append(node);
-      this.blocks[i] = { raw: token.raw, node };
+      this.blocks[i] = { raw, node };
     });
     for (const { node } of this.blocks.splice(tokens.length)) node.remove();
     const settled = isWhole ? this.blocks.length : this.blocks.length - 1;
