@@ -5,6 +5,7 @@ the first difference would be lost. So what was generated is kept, text and ids,
 """
 
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -15,11 +16,12 @@ class ConversationIds:
     """The texts seen last, bounded in number and characters; for any thread."""
 
     def __init__(
-        self, tokenizer: Tokenizer, add_special_tokens: bool, most: int = 256, most_characters: int = 4 << 20
+        self, tokenizer: Tokenizer, add_special_tokens: bool, most: int = 256, most_characters: int = 1 << 20
     ) -> None:
         self._tokenizer, self._add_special_tokens = tokenizer, add_special_tokens
         self._most, self._most_characters = most, most_characters
-        self._known: OrderedDict[str, tuple[int, ...]] = OrderedDict()  # least recently used first
+        # Least recently used first. Arrays: as Python's ints, ids would take nine times the memory.
+        self._known: OrderedDict[str, array[int]] = OrderedDict()
         self._characters = 0
         self._lock = threading.Lock()
 
@@ -46,7 +48,7 @@ class ConversationIds:
             return
         with self._lock:
             self._forget(text)
-            self._known[text] = (*prompt, *generated)
+            self._known[text] = array("i", (*prompt, *generated))
             self._characters += len(text)
             while len(self._known) > self._most or self._characters > self._most_characters:
                 self._forget(next(iter(self._known)))
