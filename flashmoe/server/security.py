@@ -55,7 +55,7 @@ class Guard:
 
     def __init__(
         self, app: ASGIApp, limits: Limits, hosts: AllowedHosts, api_key: str | None,
-        note: Callable[[int], None],
+        note: Callable[[int], None] = lambda status: None,
     ) -> None:  # fmt: skip
         """`note` is told the status of each refusal."""
         self._app, self._limits, self._hosts, self._note = app, limits, hosts, note

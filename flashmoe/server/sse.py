@@ -44,7 +44,8 @@ class EventStream(Response):
             try:
                 sending.result()
             except (SlowReaderError, TimeoutError):
-                scope["state"]["abort"]()
+                if abort := scope.get("state", {}).get("abort"):  # our own protocol's
+                    abort()
         finally:
             self._cancel()
             for task in (sending, leaving):
