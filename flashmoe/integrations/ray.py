@@ -15,6 +15,7 @@ Written for ray[serve,data] 2.60. docs/scaling.md says when any of this pays.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -44,6 +45,8 @@ from flashmoe.server.service import Service
 from flashmoe.sizes import parse_size
 
 __all__ = ["FlashMoEBatch", "serving_app"]
+
+log = logging.getLogger(__name__)
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 FALLBACKS = 2  # replicas that are tried after a conversation's own, when that one is full
@@ -135,7 +138,7 @@ class _Gateway:
     def __init__(self, replicas: Any, api_key: str | None, allowed_hosts: list[str]) -> None:
         self._replicas = replicas
         hosts = AllowedHosts("127.0.0.1", allowed_hosts)
-        self._app = Guard(self._forward, Limits(), hosts, api_key)
+        self._app = Guard(self._forward, Limits(), hosts, api_key, _note_refusal)
 
     async def __call__(self, request: Request) -> Response:
         return _AppResponse(self._app)
@@ -175,6 +178,10 @@ class _AppResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._answer(scope, receive, send)
+
+
+def _note_refusal(status: int) -> None:
+    log.info("a request was refused with status %d", status)
 
 
 async def _gone(receive: Receive) -> None:
