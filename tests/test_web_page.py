@@ -412,6 +412,11 @@ def test_answers_are_announced_by_the_block_and_not_by_the_token(page: Page) -> 
     told = page.evaluate("window.told")
     assert told[0] == "A title" and told[-1] == "Answer number 1."
     assert len(told) == 7  # title, text, list, table, code, two paragraphs
+    expect(ask(page, "slow")).to_contain_text("word30")
+    assert len(page.evaluate("window.told")) == 7
+    page.keyboard.press("Escape")
+    finished(page.locator("article.answer").last)
+    assert "word30" in page.evaluate("window.told")[7]
 
 
 def test_a_phone_shows_all_of_it_without_scrolling_sideways(
