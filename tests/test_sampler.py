@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from flashmoe.errors import ConfigError, ModelError
-from flashmoe.sampler import Sampler, SamplingParams, StopStrings
+from flashmoe.sampler import Sampler, SamplingParams, StopStrings, log_probabilities
 
 V = 1000
 
@@ -320,3 +321,50 @@ def test_no_more_is_held_back_than_may_begin_a_stop_string(pieces: list[str], st
             return
         held = pushed.removeprefix(shown)
         assert not held or any(s.startswith(held) and s != held for s in stop)
+
+
+def test_frequency_and_presence_penalties_count_what_was_generated_and_not_the_prompt() -> None:
+    logits = torch.tensor([2.0, 1.9, 1.0, 0.0])
+    history = [0, 0, 1, 1, 2]  # a prompt of two tokens, then 1, 1, 2
+
+    def chosen(**options: float) -> int:
+        return Sampler(SamplingParams(**options), 4).next_token(logits, history, prompt_tokens=2)
+
+    assert chosen() == 0
+    penalised = Sampler(SamplingParams(frequency_penalty=0.5, presence_penalty=0.25, temperature=1.0), 4)
+    ids, probabilities = penalised.candidates(logits, history, 2)
+    expected = torch.softmax(logits - torch.tensor([0.0, 1.25, 0.75, 0.0]), 0)
+    torch.testing.assert_close(torch.from_numpy(probabilities), expected)
+    assert ids.tolist() == [0, 1, 2, 3]
+    assert chosen(frequency_penalty=-0.1) == 1  # twice 0.1 more
+    assert logits.tolist() == pytest.approx([2.0, 1.9, 1.0, 0.0])
+
+
+def test_only_what_is_allowed_is_drawn_whatever_the_other_options() -> None:
+    logits = torch.arange(6.0)
+    allowed = np.array([True, False, True, False, False, False])
+    greedy = Sampler(SamplingParams(), 6)
+    assert greedy.next_token(logits, [], 0, allowed) == 2
+    for options in ({"top_k": 1}, {"top_k": 4}, {"top_p": 0.5}, {"min_p": 0.9}, {}):
+        sampler = Sampler(SamplingParams(temperature=5.0, seed=1, **options), 6)
+        assert {sampler.next_token(logits, [], 0, allowed) for _ in range(60)} <= {0, 2}
+    last = np.array([True] + [False] * 5)
+    assert Sampler(SamplingParams(temperature=1e-3, seed=1), 6).next_token(logits, [], 0, last) == 0
+
+
+def test_log_probabilities_are_those_of_the_logits_as_they_are() -> None:
+    logits = torch.tensor([0.5, 3.0, -1.0, 3.0, float("-inf")])
+    values, top = log_probabilities(logits, 3)
+    torch.testing.assert_close(torch.from_numpy(values), torch.log_softmax(logits, 0))
+    assert top.tolist() == [1, 3, 0]  # the lower id first where two are equal
+    assert log_probabilities(logits, 0)[1].tolist() == []
+    with pytest.raises(ModelError, match="not numbers"):
+        log_probabilities(torch.tensor([0.0, float("nan")]), 1)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"frequency_penalty": 2.1}, {"presence_penalty": "1"}, {"logprobs": 21}, {"logprobs": -1}]
+)
+def test_penalties_and_log_probabilities_have_bounds(bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        SamplingParams(**bad)
