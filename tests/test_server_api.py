@@ -271,6 +271,21 @@ def test_a_named_tool_is_the_one_called_and_streams_in_deltas(client: OpenAI):
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
+def test_the_turn_after_a_tool_call_computes_only_what_is_new(client: OpenAI):
+    """The call, read and written again, is the text that the model wrote."""
+    options: Any = {"model": "x", "tools": TOOLS[:1]}
+    first = client.chat.completions.create(
+        messages=USER, tool_choice="required", parallel_tool_calls=False, **options
+    )
+    message = first.choices[0].message
+    assert message.tool_calls is not None and first.usage is not None
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "painted"}
+    turns: Any = [*USER, message.model_dump(exclude_none=True), result]
+    second = client.chat.completions.create(messages=turns, max_tokens=1, **options)
+    assert second.usage is not None and second.usage.prompt_tokens_details is not None
+    assert second.usage.prompt_tokens_details.cached_tokens == first.usage.total_tokens - 1
+
+
 def test_without_a_choice_of_tools_none_is_shown(client: OpenAI):
     assert text_of(client, tools=TOOLS, tool_choice="none") == text_of(client)
     assert text_of(client, tools=TOOLS) != text_of(client)  # they are in the prompt
