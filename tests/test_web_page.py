@@ -541,7 +541,7 @@ def test_the_demo_model_answers_and_its_cache_is_seen_at_work(demo_url: str, new
 @pytest.mark.parametrize("name", ["desktop", "dark", "phone", "phone-cache"])
 def test_the_documents_pictures_are_of_the_demo_model(name: str, demo_url: str, new_page: NewPage) -> None:
     scheme = "dark" if name == "dark" else "light"
-    desktop = {"viewport": {"width": 1360, "height": 860}, "color_scheme": scheme}
+    desktop = {"viewport": {"width": 1360, "height": 890}, "color_scheme": scheme}
     page = new_page(demo_url, **(PHONE if name.startswith("phone") else desktop))
     set_up(page, Temperature="0")
     answer = ask(page, "Write a Python function that adds two numbers.")
