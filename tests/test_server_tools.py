@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashmoe.constraints import GrammarError, Grammars
+from flashmoe.generation import Piece
 from flashmoe.server.answer_parser import Arguments, Call, Content, Part, Reasoning, Style, parser_for
+from flashmoe.server.chat import Choice
+from flashmoe.server.chat_prompt import Reading
 from flashmoe.server.conversation_ids import ConversationIds
 from flashmoe.server.tools import call_grammar, introduce, style_of
 from flashmoe.tokenizer import Tokenizer
@@ -113,6 +116,31 @@ def test_arguments_come_as_they_are_written():
         Call("weather"), Arguments('{"ci')
     ]  # fmt: skip
     assert parser.push('ty": ') == [Arguments('ty": ')]
+
+
+@pytest.mark.parametrize("parallel, told", [(True, 2), (False, 1)])
+def test_where_calls_may_not_be_parallel_only_the_first_is_told(
+    tokenizer: Tokenizer, parallel: bool, told: int
+):
+    choice = Choice(tokenizer, Reading("hermes", ("weather",), False, parallel))
+    deltas = choice.push(Piece(f"<tool_call>{WEATHER}</tool_call>" * 2, 5, "stop"))
+    assert len(choice.message()["tool_calls"]) == told and choice.finish_reason == "tool_calls"
+    assert {delta["tool_calls"][0]["index"] for delta in deltas} == set(range(told))
+
+
+def test_a_special_token_counts_where_it_marks_a_call(tiny_model: Path, tmp_path: Path):
+    """Decoding gives no text for it."""
+    source = json.loads((tiny_model / "tokenizer.json").read_text("utf-8"))
+    source["added_tokens"][0]["content"] = "[TOOL_CALLS]"
+    source["model"]["vocab"]["[TOOL_CALLS]"] = source["model"]["vocab"].pop("<|endoftext|>")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source), "utf-8")
+    tokenizer = Tokenizer(tmp_path)
+    choice = Choice(tokenizer, Reading("mistral", ("wait",), False))
+    for piece in (Piece("", tokenizer.id_of("[TOOL_CALLS]")), Piece("wait", 20), Piece("{}", 21, "stop")):
+        choice.push(piece)
+    (call,) = choice.message()["tool_calls"]
+    assert call["function"] == {"name": "wait", "arguments": "{}"}
+    assert len(call["id"]) == 9 and call["id"].isalnum(), "as Mistral's templates want it"
 
 
 def _without_edges(parts: list[Part]) -> list[Any]:

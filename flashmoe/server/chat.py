@@ -30,7 +30,7 @@ async def chat(service: Service, request: ChatRequest, receive: Receive) -> Resp
 
     opened = service.opened
     answers = await service.answer(make)
-    choices = [_Choice(opened.llm.tokenizer, readings[0]) for _ in answers.stats]
+    choices = [Choice(opened.llm.tokenizer, readings[0]) for _ in answers.stats]
     head = {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
         "created": int(time.time()),
@@ -44,11 +44,12 @@ async def chat(service: Service, request: ChatRequest, receive: Receive) -> Resp
     return Response(status_code=499) if body is None else JSONResponse(body)
 
 
-class _Choice:
+class Choice:
     """One answer while it comes: pieces in, deltas out, and what they add up to."""
 
     def __init__(self, tokenizer: Tokenizer, reading: Reading) -> None:
-        self._tokenizer, self._style = tokenizer, reading.style
+        self._tokenizer, self._style, self._parallel = tokenizer, reading.style, reading.parallel
+        self._one_too_many = False
         self._parser = parser_for(reading.style, reading.tools, reading.thinking)
         self._markers = {
             id: text
@@ -68,7 +69,13 @@ class _Choice:
             reason = finish_reason(piece.finish_reason)
             called = any(isinstance(part, Call) for part in parts) or self.calls
             self.finish_reason = "tool_calls" if called and reason == "stop" else reason
-        return [self._delta(part) for part in parts]
+        return [self._delta(part) for part in parts if self._is_wanted(part)]
+
+    def _is_wanted(self, part: Part) -> bool:
+        """Where calls may not be parallel, only the first one is told."""
+        if isinstance(part, Call) and self.calls and not self._parallel:
+            self._one_too_many = True
+        return not (self._one_too_many and isinstance(part, Call | Arguments))
 
     def entries(self, piece: Piece) -> list[Any] | None:
         """The log probabilities of a piece, if they were asked for; the end of text has none."""
@@ -112,7 +119,7 @@ class _Choice:
 
 
 async def _stream(
-    head: dict[str, Any], answers: Answers, choices: Sequence[_Choice], with_usage: bool
+    head: dict[str, Any], answers: Answers, choices: Sequence[Choice], with_usage: bool
 ) -> AsyncIterator[bytes]:
     head = {**head, "object": "chat.completion.chunk"}
     extra = {"usage": None} if with_usage else {}
@@ -138,7 +145,7 @@ async def _stream(
     yield DONE
 
 
-async def _whole(head: dict[str, Any], answers: Answers, choices: Sequence[_Choice]) -> dict[str, Any]:
+async def _whole(head: dict[str, Any], answers: Answers, choices: Sequence[Choice]) -> dict[str, Any]:
     async for index, piece in answers.pieces():
         choice = choices[index]
         entries = choice.entries(piece)

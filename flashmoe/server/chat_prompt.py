@@ -29,6 +29,7 @@ class Reading:
     style: Style | None
     tools: tuple[str, ...]
     thinking: bool
+    parallel: bool = True
 
 
 def prepare(request: ChatRequest, opened: Opened) -> tuple[list[Job], Reading]:
@@ -46,8 +47,9 @@ def prepare(request: ChatRequest, opened: Opened) -> tuple[list[Job], Reading]:
     check_length(text, opened, "messages")
     thinking = text.rstrip().endswith(THINK)
     reading = Reading(
-        style_of(tokenizer) if tools else None, tuple(tool["function"]["name"] for tool in tools), thinking
-    )
+        style_of(tokenizer) if tools else None, tuple(tool["function"]["name"] for tool in tools), thinking,
+        request.parallel_tool_calls is not False,
+    )  # fmt: skip
     constraint = _constraint(request, tools, reading, opened)
     prompt = opened.chats.encode(text)
 
@@ -142,7 +144,7 @@ def _constraint(
         assert reading.style is not None
         with blaming("tools"):
             grammar = call_grammar(
-                reading.style, tools, opened.llm.tokenizer, parallel=request.parallel_tool_calls is not False,
+                reading.style, tools, opened.llm.tokenizer, parallel=reading.parallel,
                 thinking=reading.thinking, otherwise=None if must_call else schema,
             )  # fmt: skip
             return grammars.lark(grammar)
