@@ -1,6 +1,5 @@
 """The live figures: right before, between and behind steps, of the experts that the cache has."""
 
-import inspect
 import json
 import threading
 from collections.abc import Iterator
@@ -9,12 +8,11 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from test_vram_cache import make_tiers
 
 from flashmoe import LLM
-from flashmoe.expert_cache import ExpertCache
 from flashmoe.server.live_stats import LiveStats, bitmaps
 from flashmoe.vram_budget import VramPlan
-from flashmoe.vram_cache import VramCache
 
 PROMPT = "the expert that was used longest ago leaves first"
 
@@ -101,14 +99,20 @@ def test_while_somebody_watches_looks_are_frequent(llm: LLM, monkeypatch: pytest
     assert len(looks) == 1 + 20
 
 
-def test_the_figures_of_a_gpu_are_those_of_its_upper_tier(llm: LLM) -> None:
-    """A VramCache has what is asked of an ExpertCache; the plan says which tier that is."""
-    asked = {"resident", "counters", "policy", "slots"}
-    for cache in (ExpertCache, VramCache):
-        source = inspect.getsource(cache)
-        assert [name for name in asked if f"def {name}(" not in source and f"self.{name}" not in source] == []
-    llm.plan = replace(llm.plan, vram=cast(VramPlan, object()))
-    assert LiveStats(llm).snapshot()["cache"]["tier"] == "VRAM"
+def test_the_figures_of_a_gpu_are_those_of_vram(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cache is the upper one of two tiers."""
+    tiers = make_tiers(vram=8, ram=8)
+    monkeypatch.setattr(llm, "expert_cache", tiers.cache)
+    monkeypatch.setattr(llm, "plan", replace(llm.plan, vram=cast(VramPlan, object())))
+    live = LiveStats(llm)
+    tiers.decode(0, [1, 2])
+    tiers.decode(0, [2, 3])
+    live.note_step()
+    cache = live.snapshot()["cache"]
+    assert cache["tier"] == "VRAM"
+    assert residents(cache["resident"], 8) == tiers.cache.resident == {(0, 1), (0, 2), (0, 3)}
+    assert (cache["hits"], cache["misses"]) == (1, 3)
+    assert cache["slots"] == tiers.cache.slots
 
 
 def test_whoever_listened_to_steps_before_still_does(llm: LLM) -> None:
