@@ -206,10 +206,24 @@ def test_too_many_connections_are_refused_and_those_there_are_go_on(server: Serv
             connection.close()
 
 
-def test_nonsense_instead_of_http_is_a_400(server: Server):
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01 hello\r\n\r\n",  # TLS
+        b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",  # no host
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 40_000,  # and no end in sight
+    ],
+)
+def test_what_is_not_http_is_a_400(server: Server, sent: bytes):
     with server.connect() as connection:
-        connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
-        assert read_all(connection).startswith(b"HTTP/1.1 400 ")
+        connection.sendall(sent)
+        head, _, body = read_all(connection).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
 # Who leaves, and who does not read

@@ -13,6 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from flashmoe.server.limits import Limits
 
 _BUSY = (503, "Service Unavailable", "too many connections are open; try again later")
+_NONSENSE = (400, "Bad Request", "this is not HTTP/1.1 as it should be, or its head is too large")
 _SLOW = (408, "Request Timeout", "the request's head took too long")
 
 
@@ -52,6 +53,13 @@ class LimitedProtocol(H11Protocol):
             self.transport.abort()
         else:
             super().timeout_keep_alive_handler()
+
+    def send_400_response(self, msg: str) -> None:
+        """In the shape of all our errors, unless an answer has begun."""
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.close()
+        else:
+            self._refuse(*_NONSENSE)
 
     def _unsupported_upgrade_warning(self) -> None:
         """An upgrade is simply not made; uvicorn would log advice to install a WebSocket library."""
