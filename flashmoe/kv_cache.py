@@ -135,7 +135,7 @@ class KVPool:
         if best is None or length < SHORTEST_SHARED:
             return self._new()
         if best in self._kept:
-            copyable = length < best.length - BLOCK and self._room() >= _in_blocks(len(tokens))
+            copyable = length < best.length - BLOCK and self._room() >= self._in_blocks(len(tokens))
             if not copyable:
                 self._unkeep(best)
                 self.truncate(best, length)
@@ -149,7 +149,7 @@ class KVPool:
 
     def grow(self, kv: KVCache, length: int) -> bool:
         """Make room for `length` tokens, dropping kept sequences; False if those that run leave none."""
-        wanted = _in_blocks(min(length, self.context)) - self._counted[kv]
+        wanted = self._in_blocks(length) - self._counted[kv]
         while wanted > self._room() and self._kept:
             self.drop_oldest()
         if wanted > self._room():
@@ -162,9 +162,9 @@ class KVPool:
     def truncate(self, kv: KVCache, length: int) -> None:
         """Forget all but the first tokens, and count and hold no more than they need."""
         kv.truncate(length)
-        surplus = self._counted[kv] - _in_blocks(length)
+        surplus = self._counted[kv] - self._in_blocks(length)
         if surplus > 0:
-            kv.give_back(_in_blocks(length))
+            kv.give_back(self._in_blocks(length))
             self._counted[kv] -= surplus
             self.used_tokens -= surplus
 
@@ -249,6 +249,9 @@ class KVPool:
     def _room(self) -> int:
         return self.total_tokens - self.used_tokens
 
+    def _in_blocks(self, tokens: int) -> int:
+        return min(self.context, -(-tokens // BLOCK) * BLOCK)
+
 
 class OneSequence:
     """A pool of one sequence whose memory is somebody else's, such as a GPU's. As `KVPool`."""
@@ -286,7 +289,3 @@ class OneSequence:
 
     def close(self) -> None:
         self._kv_cache.truncate(0)
-
-
-def _in_blocks(tokens: int) -> int:
-    return -(-tokens // BLOCK) * BLOCK

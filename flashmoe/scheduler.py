@@ -239,10 +239,21 @@ class Scheduler:
                             self._work.wait(timeout=1.0)
             except Exception as error:  # a bug of ours: those who ran get to know, the others go on
                 logger.exception("a step failed")
-                with self._lock:
-                    self._give_background_up()
-                    for running in list(self._running):
-                        self._end(running, "error", error)
+                self._end_all_running(error)
+
+    def _end_all_running(self, error: Exception) -> None:
+        """Or, if nobody runs, the first that waits: what failed was to let it begin."""
+        with self._lock:
+            self._give_background_up()
+            if not self._running and self._waiting:
+                with self._work:
+                    first = self._waiting.popleft()
+                self.totals.failed += 1
+                piece = first.request.end("error", error)
+                first.recorder.finish()
+                first.request.deliver(piece)
+            for running in list(self._running):
+                self._end(running, "error", error)
 
     def _save_one(self) -> bool:
         """Nothing else is to be done: a conversation that is not on disk yet goes there."""

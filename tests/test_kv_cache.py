@@ -184,6 +184,14 @@ def test_there_is_no_room_when_those_that_run_have_it_all() -> None:
     assert memory.grow(second, CONTEXT) and memory.used_tokens == CONTEXT
 
 
+def test_a_context_that_is_no_multiple_of_a_block_can_be_filled_by_one() -> None:
+    memory = KVPool(config(), 100, 100)
+    kv = memory.take([1] * 90)
+    assert memory.grow(kv, 100) and memory.used_tokens == 100
+    memory.release(kv)
+    assert memory.used_tokens == 0
+
+
 def test_a_sequence_that_is_the_beginning_of_another_is_not_kept_twice() -> None:
     memory = pool()
     first = memory.take([1] * 20)

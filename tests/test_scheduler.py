@@ -290,6 +290,41 @@ def test_a_thread_of_its_own_serves_whoever_submits_and_drains_at_the_end(folder
     bench.close()
 
 
+def test_a_bug_of_ours_ends_who_meets_it_and_nobody_else(
+    folder: Path, alone: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a step, and before the first: a server must not stand still."""
+    bench = Bench(folder)
+    broken = [True, True]
+
+    def fails(method: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if broken.pop():
+                raise RuntimeError("a bug")
+            return method(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(bench.pool, "take", fails(bench.pool.take))
+    bench.scheduler.start()
+    first = bench.submit(prompt(0, 9), 4)
+    while not first.is_finished:
+        time.sleep(0.001)
+    monkeypatch.undo()
+    monkeypatch.setattr(bench.decoder, "forward_batch", fails(bench.decoder.forward_batch))
+    second = bench.submit(prompt(1, 9), 4)
+    while not second.is_finished:
+        time.sleep(0.001)
+    monkeypatch.undo()
+    third = bench.submit(prompt(2, 9), 4)
+    bench.scheduler.stop(drain_s=60)
+    check_ended(bench, first, "error")
+    check_ended(bench, second, "error")
+    check_ended(bench, third)
+    assert third.tokens[9:] == alone.answer(prompt(2, 9), 4)
+    bench.close()
+
+
 def test_stopping_without_patience_cancels_what_is_left(folder: Path) -> None:
     bench = Bench(folder)
     bench.scheduler.start()
