@@ -57,9 +57,13 @@ class Tokenizer:
         template = _template_source(folder, config)
         self._tokenizer = _load_tokenizer(folder / "tokenizer.json")
         self._chat_template = None if template is None else ChatTemplate(template, special_tokens)
-        self._special_ids = frozenset(
-            id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
-        )
+        # By id, as text spells them. No other token reaches across one: what is before and behind it can be
+        # encoded by itself.
+        self.special_tokens: Mapping[int, str] = {
+            id: token.content
+            for id, token in self._tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
         ending = self._tokenizer.token_to_id(special_tokens.get("eos_token", ""))
         self.eos_token_ids = _eos_token_ids(folder) | frozenset(() if ending is None else (ending,))
 
@@ -136,7 +140,7 @@ class Tokenizer:
 
     def visible_token(self, id: int) -> str | None:
         """The token as the vocabulary spells it; None where decoding skips the id."""
-        return None if id in self._special_ids else self._tokenizer.id_to_token(id)
+        return None if id in self.special_tokens else self._tokenizer.id_to_token(id)
 
 
 class StreamDecoder:

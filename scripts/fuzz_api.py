@@ -13,10 +13,11 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -59,14 +60,23 @@ class Report:
 
 
 def fuzz(url: str, cases: int, start: int = 0, api_key: str | None = None) -> Report:
-    """About `cases` requests, the same ones for the same `start`."""
+    """At least `cases` requests, the same ones for the same `start`."""
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json", headers=headers)
     operations = [result.ok() for result in schema.get_all_operations()]
+    report = Report({operation.path: Counter() for operation in operations})
+    while report.cases < cases:  # a seed gives fewer where there are few different ones
+        _send_some(report, url, headers, operations, cases - report.cases, start)
+        start += 1
+    return report
+
+
+def _send_some(
+    report: Report, url: str, headers: dict[str, str], operations: Sequence[Any], cases: int, start: int
+) -> None:
+    """About `cases`, and one of each kind at the least, of the seed `start`."""
     weight = sum(SHARES.get(operation.path, 0.1) for operation in operations)
-    report = Report()
     for operation in operations:
-        report.statuses[operation.path] = Counter()
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
             if mode == GenerationMode.NEGATIVE and operation.method == "get":
                 continue  # nothing to get wrong
@@ -80,7 +90,6 @@ def fuzz(url: str, cases: int, start: int = 0, api_key: str | None = None) -> Re
                 _send(report, url, headers, case)
 
             seed(start)(options(given(operation.as_strategy(mode))(send)))()
-    return report
 
 
 def _send(report: Report, url: str, headers: dict[str, str], case: schemathesis.Case) -> None:

@@ -126,6 +126,15 @@ def test_a_full_context_is_a_length(server: Server, llm: LLM):
     assert status == 200 and answer["choices"][0]["finish_reason"] == "length"
 
 
+def test_a_text_has_the_same_tokens_whatever_was_answered_before(server: Server, llm: LLM):
+    """Once the ids of an answer were kept for texts that go on in the middle of its last word."""
+    drawn = {"seed": 4, "temperature": 1.0, "repetition_penalty": 1.5}
+    _, answer = server.post("/v1/completions", {"prompt": "the ca", "max_tokens": 9, "echo": True, **drawn})
+    text = answer["choices"][0]["text"] + "pital"
+    _, answer = server.post("/v1/completions", {"prompt": text, "max_tokens": 1})
+    assert answer["usage"]["prompt_tokens"] == len(llm.tokenizer.encode(text))
+
+
 def test_a_second_turn_reuses_the_ids_that_the_model_chose(client: OpenAI):
     """Random bytes hardly ever encode to the ids that made them; the answer's keys and values stay useful."""
     begin: Any = [{"role": "user", "content": "a conversation of its own"}]
@@ -321,6 +330,14 @@ def test_health_and_metrics_tell_how_it_does(server: Server):
     assert float(lines["flashmoe_queue_limit"]) == 64
 
 
+def test_a_computing_thread_that_died_is_told_by_health(
+    server: Server, llm: LLM, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(type(llm.scheduler), "is_alive", False, raising=False)
+    status, _, data = server.request("GET", "/health")
+    assert status == 503 and b"restart the server" in data
+
+
 def test_stats_show_the_cache(server: Server):
     status, _, data = server.request("GET", "/v1/stats")
     assert status == 200 and json.loads(data)["model"] == "tiny"
@@ -346,7 +363,12 @@ def test_the_pages_files_are_served_from_their_folder_and_nothing_beside_it(tmp_
     (web / "assets" / "app.js").write_text("1;")
     client = TestClient(Starlette(routes=page_routes(web)))
     assert client.get("/").text == client.get("/index.html").text == "<title>page</title>"
-    assert client.get("/assets/app.js").headers["content-type"].startswith("text/javascript")
+    script = client.get("/assets/app.js").headers
+    assert script["content-type"].startswith("text/javascript")
+    again = client.get("/assets/app.js", headers={"If-None-Match": script["etag"]})
+    assert again.status_code == 304
+    for headers in (script, again.headers, client.get("/").headers):
+        assert headers["cache-control"] == "no-cache", "or an upgrade would mix the files of two versions"
     for path in ("/assets/../../secret", "/assets/%2e%2e/%2e%2e/secret", "/secret", "/assets/"):
         assert client.get(path).status_code == 404
     assert page_routes(tmp_path / "none") == []
@@ -418,7 +440,8 @@ def test_a_body_that_is_no_json_is_a_400(server: Server, body: bytes, message: s
         ({"prompt": ""}, "no tokens"),
         ({"prompt": [320]}, "id 320"),
         ({"prompt": [-1]}, "prompt"),
-        ({"prompt": ["x"] * 9, "n": 8}, "more than 32"),
+        ({"prompt": ["x"] * 3, "n": 8}, "prompts times n are 24 answers, one request may have 16"),
+        ({"prompt": ["x"] * 17}, "prompt: List should have at most 16 items"),
         ({"prompt": [5] * 5000}, "the context holds 4096"),
         ({"prompt": "x" * 300_000}, "a context of 4096 tokens holds less"),
     ],

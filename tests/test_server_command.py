@@ -7,14 +7,15 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import OpenAI
 
-from flashmoe import cli
+from flashmoe import LLM, cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,6 +72,40 @@ def test_ctrl_c_ends_with_130_and_the_key_may_come_from_the_environment(tiny_mod
         refused.value.close()
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
+
+
+def test_verbose_tells_a_line_about_each_request_and_nothing_that_was_said(tiny_model: Path):
+    with command("--model", str(tiny_model), "--ram-budget", "2G", "-v") as (process, url, _):
+        with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            asked: Any = {"messages": [{"role": "user", "content": "a secret"}], "max_tokens": 5}
+            client.chat.completions.create(model="x", **asked)
+            list(client.chat.completions.create(model="x", stream=True, **asked))
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{url}/no%0Awhere?word=secret", timeout=60)
+        refused.value.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        lines = process.stderr.read().splitlines()
+    told = [re.sub(r"[\d.]+ s$", "TIME", line) for line in lines]
+    answered = "POST /v1/chat/completions 200, 5 tokens, TIME"
+    assert told == [answered, answered, "GET /no%0Awhere 404, 0 tokens, TIME"]
+
+
+def test_a_batch_that_cannot_be_is_told_at_start(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def load_for_one(*_: Any, max_batch: int) -> LLM:
+        return LLM(tiny_model, ram_budget="8G", max_batch=1)  # as a GPU makes it
+
+    def only_load(load: Callable[[], LLM], *_: Any) -> None:
+        load().close()
+
+    monkeypatch.setattr(cli, "_load_llm", load_for_one)
+    monkeypatch.setattr("flashmoe.server.serve.serve", only_load)
+    line = "a GPU computes one answer at a time, others wait: --max-batch 4 has no effect\n"
+    for size, told in ((4, line), (1, "")):
+        assert cli.main(["serve", "--model", str(tiny_model), "--max-batch", str(size)]) == 0
+        assert capsys.readouterr().err == told
 
 
 def test_a_model_that_does_not_load_ends_the_server_with_one_line(

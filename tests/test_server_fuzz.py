@@ -14,7 +14,7 @@ def test_no_request_makes_a_server_error_or_an_undocumented_answer(tiny_model: P
     with LLM(tiny_model, ram_budget="8G", context=64) as llm, serving(llm) as server:
         report = fuzz(server.url, 200)
         assert server.chat(max_tokens=2)[0] == 200, "and the server is well"
-    assert report.cases >= 150
+    assert report.cases >= 200, "or more, but no fewer"
     assert report.failures == [], report.failures[0]
     assert report.server_errors == 0
     assert {200, 400} <= set(report.statuses["/v1/chat/completions"])

@@ -249,14 +249,42 @@ def test_the_style_is_what_the_template_shows(tiny_model: Path, tmp_path: Path, 
 # Ids that the model chose
 
 
+END = "<|im_end|>"
+
+
+def letters(tokenizer: Tokenizer, word: str) -> list[int]:
+    """One id a letter: not what encoding gives."""
+    assert (odd := [tokenizer.encode(letter)[0] for letter in word]) != tokenizer.encode(word)
+    return odd
+
+
 def test_known_ids_are_kept_and_the_longest_known_text_wins(tokenizer: Tokenizer):
     known = ConversationIds(tokenizer, False)
-    odd = [tokenizer.encode(c)[0] for c in "expert"]  # one id a letter: not what encoding gives
-    assert odd != tokenizer.encode("expert")
-    known.remember("the ", tokenizer.encode("the "), odd[:3])
-    known.remember("the ", tokenizer.encode("the "), odd)
-    assert known.encode("the expert leaves") == tokenizer.encode("the ") + odd + tokenizer.encode(" leaves")
+    odd, end, begin = letters(tokenizer, "expert"), tokenizer.encode(END), tokenizer.encode("the ")
+    known.remember("the ", begin, [*odd, *end])
+    known.remember(f"the expert{END}", [*begin, *odd, *end], [*odd, *end])
+    leaves = tokenizer.encode(" leaves")
+    assert known.encode(f"the expert{END}expert{END} leaves") == begin + (odd + end) * 2 + leaves
+    assert known.encode(f"the expert{END} leaves") == begin + odd + end + leaves
     assert known.encode("an expert") == tokenizer.encode("an expert")
+
+
+def test_an_answer_cut_in_a_word_is_known_only_where_a_special_token_follows(tokenizer: Tokenizer):
+    """Once what somebody had been answered changed what a longer text of somebody else's became."""
+    known = ConversationIds(tokenizer, False)
+    begin, odd = tokenizer.encode("the "), letters(tokenizer, "exp")
+    known.remember("the ", begin, odd)
+    for text in ("the expert leaves", "the exp", "the exp leaves"):
+        assert known.encode(text) == tokenizer.encode(text)
+    assert known.encode(f"the exp{END} more") == begin + odd + tokenizer.encode(f"{END} more")
+
+
+def test_a_longer_text_that_cannot_be_used_does_not_hide_a_shorter_one(tokenizer: Tokenizer):
+    known = ConversationIds(tokenizer, False)
+    begin, odd, end = tokenizer.encode("the "), letters(tokenizer, "expert"), tokenizer.encode(END)
+    known.remember("the ", begin, [*odd, *end])
+    known.remember(f"the expert{END}", [*begin, *odd, *end], odd[:3])
+    assert known.encode(f"the expert{END}expert") == begin + odd + end + tokenizer.encode("expert")
 
 
 def test_no_more_texts_are_kept_than_may_be(tokenizer: Tokenizer):

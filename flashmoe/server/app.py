@@ -34,6 +34,8 @@ from flashmoe.server.service import Service, check_length
 from flashmoe.server.strict_json import StrictRequest, StrictRoute
 
 WEB = Path(__file__).parent.parent / "web"
+# The page's files belong together: after an upgrade a browser must not mix those of two versions.
+REVALIDATE = {"Cache-Control": "no-cache"}
 _EVENTS = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 
 
@@ -73,14 +75,14 @@ def _model_routes(service: Service) -> APIRouter:
         responses={200: _EVENTS, **_errors(429, 500)}, summary="Answer a conversation",
     )  # fmt: skip
     async def chat_completions(body: ChatRequest, request: StrictRequest) -> Response:
-        return await chat(service, body, request.receive)
+        return await chat(service, body, request)
 
     @router.post(
         "/v1/completions", response_model=Completion,
         responses={200: _EVENTS, **_errors(429, 500)}, summary="Continue text",
     )  # fmt: skip
     async def completions(body: CompletionRequest, request: StrictRequest) -> Response:
-        return await complete(service, body, request.receive)
+        return await complete(service, body, request)
 
     @router.post("/tokenize", responses=_errors(), summary="Text to token ids")
     async def tokenize(body: TokenizeRequest) -> TokenList:
@@ -125,8 +127,8 @@ def _state_routes(service: Service) -> APIRouter:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
     async def health() -> JSONResponse:
-        ready = service.is_ready
-        return JSONResponse({"status": "ok" if ready else "loading model"}, 200 if ready else 503)
+        state = service.state
+        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
     for path in ("/health", "/v1/health"):
         router.add_api_route(
@@ -153,6 +155,13 @@ def _card(service: Service) -> ModelCard:
     )  # fmt: skip
 
 
+class _Revalidated(StaticFiles):
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(REVALIDATE)
+        return response
+
+
 def page_routes(folder: Path) -> Sequence[BaseRoute]:
     """The page's files as they lie in `folder`, index.html at /; none without the folder."""
     if not folder.is_dir():
@@ -160,14 +169,14 @@ def page_routes(folder: Path) -> Sequence[BaseRoute]:
 
     def file_route(path: str, file: Path) -> Route:
         async def serve(_: Any) -> Response:
-            return FileResponse(file, headers={"Cache-Control": "no-cache"})
+            return FileResponse(file, headers=REVALIDATE)
 
         return Route(path, serve, methods=["GET"])
 
     routes: list[BaseRoute] = []
     for entry in sorted(folder.iterdir()):
         if entry.is_dir():
-            routes.append(Mount(f"/{entry.name}", StaticFiles(directory=entry)))
+            routes.append(Mount(f"/{entry.name}", _Revalidated(directory=entry)))
         elif entry.suffix != ".py":
             routes.append(file_route(f"/{entry.name}", entry))
             if entry.name == "index.html":

@@ -5,8 +5,8 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive
 
 from flashmoe.generation import Piece
 from flashmoe.server.answer_parser import MARKERS, Arguments, Call, Content, Part, Reasoning, parser_for
@@ -19,7 +19,7 @@ from flashmoe.server.sse import DONE, EventStream, event, unless_left
 from flashmoe.tokenizer import Tokenizer
 
 
-async def chat(service: Service, request: ChatRequest, receive: Receive) -> Response:
+async def chat(service: Service, request: ChatRequest, http: Request) -> Response:
     """Answer a conversation, whole or as a stream."""
     readings: list[Reading] = []
 
@@ -30,6 +30,7 @@ async def chat(service: Service, request: ChatRequest, receive: Receive) -> Resp
 
     opened = service.opened
     answers = await service.answer(make)
+    http.state.generations = answers.stats
     choices = [Choice(opened.llm.tokenizer, readings[0]) for _ in answers.stats]
     head = {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
@@ -40,7 +41,7 @@ async def chat(service: Service, request: ChatRequest, receive: Receive) -> Resp
     if request.stream:
         with_usage = bool(request.stream_options and request.stream_options.include_usage)
         return EventStream(_stream(head, answers, choices, with_usage), answers.cancel, service.limits)
-    body = await unless_left(receive, _whole(head, answers, choices), answers.cancel)
+    body = await unless_left(http.receive, _whole(head, answers, choices), answers.cancel)
     return Response(status_code=499) if body is None else JSONResponse(body)
 
 

@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive
 
 from flashmoe.generation import Piece, TokenLogprob
 from flashmoe.server.errors import ApiError
 from flashmoe.server.generations import Answers, Job
-from flashmoe.server.limits import MOST_PROMPTS
+from flashmoe.server.limits import MOST_ANSWERS
 from flashmoe.server.logprobs import completion_logprobs
 from flashmoe.server.schemas import CompletionRequest
 from flashmoe.server.service import (
@@ -25,16 +25,16 @@ from flashmoe.server.service import (
     usage,
 )
 from flashmoe.server.sse import DONE, EventStream, event, unless_left
-from flashmoe.stats import GenerationStats
 from flashmoe.tokenizer import Tokenizer
 
 
-async def complete(service: Service, request: CompletionRequest, receive: Receive) -> Response:
+async def complete(service: Service, request: CompletionRequest, http: Request) -> Response:
     """Continue one or several prompts, whole or as a stream."""
     _check(request)
     prompts = _prompts(request)
     opened = service.opened
     answers = await service.answer(partial(_prepare, request, prompts))
+    http.state.generations = answers.stats
     tokenizer = opened.llm.tokenizer
     echoed = [_text(prompt, tokenizer) if request.echo else "" for prompt in prompts]
     choices = [
@@ -53,7 +53,7 @@ async def complete(service: Service, request: CompletionRequest, receive: Receiv
         with_usage = bool(request.stream_options and request.stream_options.include_usage)
         events = _stream(head, answers, choices, len(prompts), with_usage)
         return EventStream(events, answers.cancel, service.limits)
-    body = await unless_left(receive, _whole(head, answers, choices, len(prompts)), answers.cancel)
+    body = await unless_left(http.receive, _whole(head, answers, choices, len(prompts)), answers.cancel)
     return Response(status_code=499) if body is None else JSONResponse(body)
 
 
@@ -71,8 +71,12 @@ def _prompts(request: CompletionRequest) -> list[str | list[int]]:
     prompt: Any = request.prompt
     single = isinstance(prompt, str) or isinstance(prompt[0], int)
     prompts: list[str | list[int]] = [prompt] if single else list(prompt)
-    if len(prompts) * (request.n or 1) > MOST_PROMPTS:
-        raise ApiError(400, f"{len(prompts)} prompts times n are more than {MOST_PROMPTS}", "prompt")
+    answers = len(prompts) * (request.n or 1)
+    if answers > MOST_ANSWERS:
+        raise ApiError(
+            400, f"prompts times n are {answers} answers, one request may have {MOST_ANSWERS}; send several",
+            "prompt",
+        )  # fmt: skip
     return prompts
 
 
@@ -85,16 +89,11 @@ def _prepare(
     for prompt in prompts:
         if isinstance(prompt, str):
             check_length(prompt, opened, "prompt")
-            ids = opened.texts.encode(prompt)
-            ended = partial(_remember, opened, prompt, ids)
+            ids = opened.llm.tokenizer.encode(prompt, add_special_tokens=True)
         else:
-            ids, ended = prompt, None
-        jobs += [Job(ids, p, ended=ended) for p in params]
+            ids = prompt
+        jobs += [Job(ids, p) for p in params]
     return jobs
-
-
-def _remember(opened: Opened, prompt: str, ids: list[int], stats: GenerationStats) -> None:
-    opened.texts.remember(prompt, ids, stats.token_ids)
 
 
 def _text(prompt: str | list[int], tokenizer: Tokenizer) -> str:

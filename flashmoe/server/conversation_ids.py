@@ -1,7 +1,9 @@
 """Which token ids the model itself chose for a conversation's text.
 
 Encoding the text of an answer anew need not give the ids it was generated as, and then keys and values behind
-the first difference would be lost. So what was generated is kept, text and ids, for the next turn.
+the first difference would be lost. So what was generated is kept, text and ids, for the next turn. It is used
+only where a special token stands at its end: in the middle of a word, one request's ids would decide what
+another one is answered.
 """
 
 import threading
@@ -29,15 +31,23 @@ class ConversationIds:
         return len(self._known)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with those of the longest text known that it begins with."""
+        """Token ids of `text`, with those of the longest text known that it begins with, up to a special
+        token."""
         with self._lock:
-            known = max((k for k in self._known if text.startswith(k)), key=len, default=None)
+            known = max((k for k in self._known if self._ends_in(text, k)), key=len, default=None)
             begin = None if known is None else self._known[known]
             if known is not None:
                 self._known.move_to_end(known)
         if known is None or begin is None:
             return self._tokenizer.encode(text, add_special_tokens=self._add_special_tokens)
         return [*begin, *self._tokenizer.encode(text[len(known) :])]
+
+    def _ends_in(self, text: str, known: str) -> bool:
+        """Whether `text` begins with `known`, and a special token is on either side of its end."""
+        if not text.startswith(known):
+            return False
+        special = self._tokenizer.special_tokens
+        return self._known[known][-1] in special or text.startswith(tuple(special.values()), len(known))
 
     def remember(self, prompt_text: str, prompt: Sequence[int], generated: Sequence[int]) -> None:
         """An answer has ended."""

@@ -25,6 +25,6 @@ MOST_STOPS = 16
 LONGEST_STOP = 256
 MOST_TOOLS = 128
 MOST_MESSAGES = 4096
-MOST_PROMPTS = 32
+MOST_ANSWERS = 16  # of one request, prompts x n: it should not fill the queue alone
 MOST_LOGPROBS = 20
 CHARACTERS_PER_TOKEN = 64  # a prompt with more characters for each token of context is refused unread

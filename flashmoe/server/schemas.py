@@ -195,8 +195,8 @@ class CompletionRequest(Sampling):
     prompt: (
         StrictStr
         | Ids
-        | Annotated[list[StrictStr], Field(min_length=1, max_length=limits.MOST_PROMPTS)]
-        | Annotated[list[Ids], Field(min_length=1, max_length=limits.MOST_PROMPTS)]
+        | Annotated[list[StrictStr], Field(min_length=1, max_length=limits.MOST_ANSWERS)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=limits.MOST_ANSWERS)]
     )
     echo: StrictBool | None = None
     logprobs: TopLogprobs | None = None

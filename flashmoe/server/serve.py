@@ -16,6 +16,7 @@ import uvicorn
 
 from flashmoe.api import LLM
 from flashmoe.errors import ConfigError
+from flashmoe.server.access_log import AccessLog
 from flashmoe.server.app import create_app
 from flashmoe.server.limits import Limits
 from flashmoe.server.protocol import with_limits
@@ -76,11 +77,14 @@ def bind(host: str, port: int) -> socket.socket:
 class HttpServer(uvicorn.Server):
     """uvicorn's, ending as the module's docstring says."""
 
-    def __init__(self, service: Service, options: ServeOptions) -> None:
-        hosts = AllowedHosts(options.host, options.allowed_hosts)
+    def __init__(
+        self, service: Service, options: ServeOptions, log: Callable[[str], None] | None = None
+    ) -> None:
+        """`log` is told a line about each request."""
+        app = create_app(service, AllowedHosts(options.host, options.allowed_hosts), options.api_key)
         super().__init__(
             uvicorn.Config(
-                create_app(service, hosts, options.api_key),
+                app if log is None else AccessLog(app, log),
                 http=with_limits(options.limits),
                 ws="none",
                 loop="asyncio",
@@ -123,12 +127,18 @@ class HttpServer(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(load: Callable[[], LLM], options: ServeOptions, say: Callable[[str], None]) -> int | None:
-    """Serve until a signal comes, and return its number. Raises what `load` raises."""
+def serve(
+    load: Callable[[], LLM], options: ServeOptions, say: Callable[[str], None],
+    log: Callable[[str], None] | None = None,
+) -> int | None:  # fmt: skip
+    """Serve until a signal comes, and return its number. Raises what `load` raises.
+
+    `log` is told a line about each request.
+    """
     listening = bind(options.host, options.port)
     port = listening.getsockname()[1]
     service = Service(options.model_name, options.limits)
-    server = HttpServer(service, options)
+    server = HttpServer(service, options, log)
     if not is_loopback(options.host) and options.api_key is None:
         say(f"warning: {options.host} can be reached by others, and there is no --api-key to keep them out")
     loaded: list[LLM] = []

@@ -35,7 +35,6 @@ class Opened:
         self.context = llm.engine.context
         self.grammars = Grammars(llm.tokenizer, llm.engine.vocab_size)
         self.chats = ConversationIds(llm.tokenizer, not llm.tokenizer.has_chat_template)
-        self.texts = ConversationIds(llm.tokenizer, True)
         self.live = LiveStats(llm, model_name)
         self.created = int(time.time())
 
@@ -52,8 +51,13 @@ class Service:
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="prepare")
 
     @property
-    def is_ready(self) -> bool:
-        return self._opened is not None
+    def state(self) -> str:
+        """"ok", or why nothing is answered."""
+        if self._opened is None:
+            return "loading model"
+        if not getattr(self._opened.llm.scheduler, "is_alive", True):
+            return "the computing thread has died; restart the server"
+        return "ok"
 
     @property
     def opened(self) -> Opened:
