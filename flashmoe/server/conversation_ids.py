@@ -40,7 +40,10 @@ class ConversationIds:
                 self._known.move_to_end(known)
         if known is None or begin is None:
             return self._tokenizer.encode(text, add_special_tokens=self._add_special_tokens)
-        return [*begin, *self._tokenizer.encode(text[len(known) :])]
+        # With the special token before it: some tokenizers take what begins a text otherwise.
+        before = self._tokenizer.special_tokens.get(begin[-1], "")
+        behind = self._tokenizer.encode(before + text[len(known) :])
+        return [*begin, *(behind[1:] if before else behind)]
 
     def _ends_in(self, text: str, known: str) -> bool:
         """Whether `text` begins with `known`, and a special token is on either side of its end."""
