@@ -100,6 +100,8 @@ class FakeModel:
         self.running += 1
         try:
             yield _event({"role": "assistant", "content": ""})
+            if question.endswith("silent"):
+                await asyncio.Event().wait()  # until nobody waits any more
             for text in self._pieces(word, number):
                 self.pieces += 1
                 yield _event({"content": text})

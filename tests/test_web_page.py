@@ -48,6 +48,23 @@ TOO_WIDE = """[...document.querySelectorAll("main, main > *")]
 MOVING = """[...document.querySelectorAll("*")]
     .filter((e) => getComputedStyle(e).animationName !== "none").length"""
 
+# An answer that does not end when it is told to; each piece comes later than a conversation is saved again.
+DEAF_STREAM = """() => {
+    const now = performance.now.bind(performance);
+    let late = 0, control;
+    performance.now = () => now() + late;
+    const body = new ReadableStream({ start: (controller) => { control = controller; } });
+    const real = window.fetch.bind(window);
+    window.fetch = async (path, options) =>
+      options.method === "POST" ? new Response(body) : real(path, options);
+    window.push = async (content) => {
+      late += 5000;
+      const chunk = JSON.stringify({ choices: [{ delta: { content } }] });
+      control.enqueue(new TextEncoder().encode(`data: ${chunk}\\n\\n`));
+      await new Promise((done) => setTimeout(done, 50));
+    };
+}"""
+
 NewPage = Callable[..., Page]
 
 
@@ -210,6 +227,15 @@ def test_stop_ends_the_answer_here_and_at_the_server(page: Page, fake: FakeModel
     assert said[1]["content"].startswith("word0")  # what had come is part of the conversation
 
 
+def test_a_question_stopped_before_its_answer_is_sent_with_the_next(page: Page, fake: FakeModel) -> None:
+    """Two questions in a row are an error to templates that want every question answered."""
+    ask(page, "hello silent")
+    page.get_by_role("button", name="Stop", exact=True).click()
+    expect(page.locator("article.answer")).to_contain_text("stopped")
+    finished(ask(page, "again"))
+    assert fake.requests[-1]["messages"] == [{"role": "user", "content": "hello silent\n\nagain"}]
+
+
 def test_regenerate_asks_the_same_again_and_replaces_the_answer(page: Page, fake: FakeModel) -> None:
     expect(finished(ask(page, "hello"))).to_contain_text("Answer number 1.")
     page.get_by_role("button", name="Regenerate").click()
@@ -250,6 +276,55 @@ def test_a_reload_in_the_middle_keeps_what_had_come(page: Page) -> None:
     page.reload()
     expect(finished(page.locator("article.answer"))).to_contain_text("word9")
     expect(page.locator("article.answer")).to_contain_text("stopped")
+
+
+def test_what_still_comes_for_a_deleted_conversation_does_not_bring_it_back(page: Page) -> None:
+    """Pieces that were under way once had it saved again."""
+    page.evaluate(DEAF_STREAM)
+    ask(page, "hello")
+    page.evaluate("window.push('one')")
+    expect(page.locator("article.answer")).to_contain_text("one")
+    page.get_by_role("button", name="hello", exact=True).hover()
+    page.get_by_role("button", name="Delete hello").click()
+    expect(page.get_by_role("button", name="Undo")).to_be_visible()
+    page.evaluate("window.push('two')")
+    page.reload()
+    expect(page.get_by_role("button", name="New conversation")).to_be_visible()
+    expect(page.get_by_role("button", name="hello", exact=True)).to_have_count(0)
+
+
+def test_two_tabs_show_and_keep_the_same_conversation(page: Page, fake: FakeModel) -> None:
+    """Each once overwrote what the other had added."""
+    finished(ask(page, "first"))
+    other = page.context.new_page()
+    other.goto(page.url)
+    finished(ask(page, "second"))
+    page.locator("article.answer").nth(1).wait_for()
+    expect(other.locator("article.answer")).to_have_count(2)
+    finished(other.locator("article.answer").last)
+    ask(other, "third")
+    asked = [re.compile(word) for word in ("first", "second", "third")]
+    expect(page.locator("article.user")).to_have_text(asked)
+    finished(page.locator("article.answer").nth(2))
+    said = [message["content"] for message in fake.requests[-1]["messages"] if message["role"] == "user"]
+    assert said == ["first", "second", "third"]
+    other.get_by_role("button", name="first", exact=True).hover()
+    other.get_by_role("button", name="Delete first").click()
+    expect(page.locator("article")).to_have_count(0)
+
+
+def test_a_conversation_that_another_tab_has_answered_waits_until_that_is_over(page: Page) -> None:
+    expect(ask(page, "slow")).to_contain_text("word3")
+    other = page.context.new_page()
+    other.goto(page.url)
+    expect(other.locator("article.answer.running")).to_have_count(1)
+    other.get_by_label("Message", exact=True).fill("hello")
+    other.get_by_role("button", name="Send").click()
+    expect(other.locator("#notice")).to_contain_text("Another tab has an answer")
+    page.close()  # with it goes its answer
+    finished(other.locator("article.answer"))
+    other.get_by_role("button", name="Send").click()
+    finished(other.locator("article.answer").nth(1))
 
 
 def test_two_conversations_are_answered_at_once(page: Page, fake: FakeModel) -> None:

@@ -56,11 +56,18 @@ export class Answers {
   }
 }
 
-/** What the model is given: everything before `answer`, without answers that never came. */
+/**
+ * What the model is given: everything before `answer`. Questions whose answer never came are one with the next: many
+ * chat templates refuse two in a row, and both can be read on the page.
+ */
 function promptOf(conversation, answer) {
   const system = systemPrompt();
-  const before = conversation.messages.slice(0, conversation.messages.indexOf(answer));
-  const said = before.filter(({ content }) => content !== "").map(({ role, content }) => ({ role, content }));
+  const said = [];
+  for (const { role, content } of conversation.messages.slice(0, conversation.messages.indexOf(answer))) {
+    if (content === "") continue;
+    if (said.at(-1)?.role === role) said.at(-1).content += `\n\n${content}`;
+    else said.push({ role, content });
+  }
   return system ? [{ role: "system", content: system }, ...said] : said;
 }
 

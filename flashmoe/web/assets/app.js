@@ -2,9 +2,10 @@
 
 import { Answers } from "./answers.js";
 import { ConversationList } from "./conversation_list.js";
-import { ConversationStore, newConversation, titleOf } from "./conversation_store.js";
+import { ConversationStore, cutOff, newConversation, titleOf } from "./conversation_store.js";
 import { byId, element } from "./dom.js";
 import { Monitor } from "./monitor.js";
+import { OtherTabs } from "./other_tabs.js";
 import { bindPanels } from "./panels.js";
 import { bindSettings } from "./settings.js";
 import { bindTheme } from "./theme_toggle.js";
@@ -25,6 +26,7 @@ const openSettings = bindSettings(byId("settings"), () => monitor.look());
 const transcript = new Transcript(act);
 const list = new ConversationList({ open, rename, remove });
 const answers = new Answers(pieceCame, answerEnded);
+const otherTabs = new OtherTabs(changedElsewhere, () => conversations.filter((each) => answers.isRunning(each)));
 const message = byId("message");
 
 byId("storage-note").hidden = store.keeps;
@@ -52,7 +54,7 @@ open(current);
 // Sending and answers
 
 function send(text) {
-  if (!text.trim() || answers.isRunning(current)) return;
+  if (!text.trim() || answers.isRunning(current) || isAnsweredElsewhere()) return;
   const conversation = current;
   if (!conversations.includes(conversation)) conversations.unshift(conversation);
   const question = { role: "user", content: text.trim(), state: "done" };
@@ -78,12 +80,12 @@ function answer(conversation) {
 
 function pieceCame(conversation, reply) {
   if (conversation === current) transcript.update(reply);
-  if (performance.now() - (savedAt.get(conversation) ?? 0) > SAVE_MS) save(conversation);
+  if (performance.now() - (savedAt.get(conversation) ?? 0) > SAVE_MS) keep(conversation);
 }
 
 function answerEnded(conversation, reply) {
   if (conversation === current) transcript.update(reply);
-  if (conversations.includes(conversation)) save(conversation);
+  save(conversation);
   refresh();
   monitor.expect(answers.count);
 }
@@ -92,7 +94,7 @@ function answerEnded(conversation, reply) {
 function act(name, reply) {
   if (name === "key" || name === "settings") return openSettings(name === "key" ? "key" : "system");
   if (name === "new") return startAfresh();
-  if (answers.isRunning(current)) return;
+  if (answers.isRunning(current) || isAnsweredElsewhere()) return;
   const place = current.messages.indexOf(reply);
   for (const each of current.messages.splice(place)) transcript.remove(each);
   answer(current);
@@ -131,6 +133,7 @@ async function remove(conversation) {
   const place = conversations.indexOf(conversation);
   conversations = conversations.filter((each) => each !== conversation);
   await store.remove(conversation.id);
+  otherTabs.tell(conversation);
   if (conversation === current) open(conversations[Math.min(place, conversations.length - 1)] ?? newConversation());
   refresh();
   notice(`“${titleOf(conversation)}” is deleted.`, "Undo", () => {
@@ -140,13 +143,43 @@ async function remove(conversation) {
   });
 }
 
+/** Keep it in the browser, and have other tabs show it so. */
 async function save(conversation) {
+  await keep(conversation);
+  otherTabs.tell(conversation);
+}
+
+async function keep(conversation) {
+  if (!conversations.includes(conversation)) return; // deleted, though pieces of its answer still come
   savedAt.set(conversation, performance.now());
   try {
     await store.put(conversation);
   } catch (error) {
     notice(`This conversation could not be kept in the browser: ${error.message || error.name}.`);
   }
+}
+
+/** Another tab has changed a conversation: what it keeps now is what is shown. Two copies would overwrite each other. */
+async function changedElsewhere(id, isCutOff) {
+  const found = await store.get(id);
+  const mine = conversations.find((each) => each.id === id);
+  if (mine && answers.isRunning(mine)) return; // it is told from here when it ends
+  if (found && isCutOff) cutOff(found);
+  conversations = conversations.filter((each) => each !== mine);
+  if (found) conversations = [...conversations, found].sort((a, b) => b.changed - a.changed);
+  if (id === current.id && found) {
+    current = found;
+    transcript.show(found);
+  } else if (mine && mine === current) {
+    open(conversations[0] ?? newConversation());
+  }
+  refresh();
+}
+
+function isAnsweredElsewhere() {
+  if (current.messages.at(-1)?.state !== "running") return false;
+  notice("Another tab has an answer to this conversation under way; wait for it, or stop it there.");
+  return true;
 }
 
 function remembered() {

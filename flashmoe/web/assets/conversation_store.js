@@ -27,10 +27,13 @@ export class ConversationStore {
   async all() {
     if (!this.keeps) return [];
     const found = await finished(this.store("readonly").getAll());
-    for (const { messages } of found) {
-      for (const message of messages) if (message.state === "running") message.state = "stopped";
-    }
+    found.forEach(cutOff);
     return found.sort((a, b) => b.changed - a.changed);
+  }
+
+  /** One of them as it is, or undefined. */
+  async get(id) {
+    return this.keeps ? finished(this.store("readonly").get(id)) : undefined;
   }
 
   async put(conversation) {
@@ -45,6 +48,11 @@ export class ConversationStore {
   store(mode) {
     return this.database.transaction(STORE, mode).objectStore(STORE);
   }
+}
+
+/** Nobody writes its answer any more. */
+export function cutOff({ messages }) {
+  for (const message of messages) if (message.state === "running") message.state = "stopped";
 }
 
 /** A conversation without messages yet. */
