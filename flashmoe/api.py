@@ -12,7 +12,7 @@ import json
 import shutil
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -115,6 +115,10 @@ class LLM:
             if self.learning is not None:
                 self.run_config = replace(self.run_config, policy=self.learning.policy(policy))
             self.plan = plan_model(self._opened, self.run_config)
+            if session_cache is not None and self.plan.vram is not None:
+                raise ConfigError(
+                    "--session-cache keeps what the CPU computes; take --device cpu, or leave it out"
+                )
             if on_plan is not None:
                 on_plan(self.plan)
             loaded = load_engine(self._opened, self.plan, self.run_config, progress)
@@ -212,26 +216,35 @@ class LLM:
     ) -> Generation | list[Generation]:
         """As `generate`, for asyncio."""
         params = self.sampling_params(sampling)
-        room = asyncio.Semaphore(2 * self.scheduler.most_running)
+        room = asyncio.Semaphore(min(2 * self.scheduler.most_running, self.scheduler.most_waiting))
+        encoded = [self.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        for ids in encoded:
+            self.scheduler.check_prompt(ids)
 
-        async def answer(prompt: Prompt) -> Generation:
+        async def answer(ids: list[int]) -> Generation:
             async with room:
                 stats = GenerationStats()
-                async for _ in self.astream_tokens(self.encode(prompt), params, stats):
-                    pass
+                async with aclosing(self.astream_tokens(ids, params, stats)) as pieces:
+                    async for _ in pieces:
+                        pass
                 return Generation.of(stats)
 
-        if isinstance(prompts, str):
-            return await answer(prompts)
-        return list(await asyncio.gather(*map(answer, prompts)))
+        tasks = [asyncio.ensure_future(answer(ids)) for ids in encoded]
+        try:
+            results = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        return results[0] if isinstance(prompts, str) else results
 
     async def astream(
         self, prompt: Prompt, *, stats: GenerationStats | None = None, **sampling: Any
     ) -> AsyncGenerator[Piece, None]:
         """As `stream`, for asyncio; several may go on together."""
-        stats = GenerationStats() if stats is None else stats
-        async for piece in self.astream_tokens(self.encode(prompt), self.sampling_params(sampling), stats):
-            yield piece
+        stats, params = GenerationStats() if stats is None else stats, self.sampling_params(sampling)
+        async with aclosing(self.astream_tokens(self.encode(prompt), params, stats)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def astream_tokens(
         self, prompt: list[int], params: SamplingParams, stats: GenerationStats
@@ -289,7 +302,7 @@ class LLM:
         pieces: deque[Piece] = deque()
         request = self.scheduler.submit(prompt, params, pieces.append, stats, cancelled=cancel)
         try:
-            while not request.is_finished or pieces:
+            while True:
                 self._check_open()
                 if not pieces:
                     self.scheduler.advance()
@@ -298,6 +311,8 @@ class LLM:
                 if piece.error is not None:
                     raise piece.error
                 yield piece
+                if piece.finish_reason is not None:
+                    return
         finally:
             if not request.is_finished:
                 self.scheduler.retire(request)
@@ -320,15 +335,22 @@ class LLM:
             stats.prefetch = prefetcher.verdict
 
     def reset(self) -> None:
-        """Forget all keys and values, so that the next prompt runs from its first token; experts stay."""
-        self.engine.reset()
-        self.kv_pool.forget()
+        """Forget all keys and values in memory, so that the next prompt runs from its first token, or what a
+        session cache has of it; experts stay. FlashMoEError while generations run."""
+        with self.scheduler.exclusive():
+            self.engine.reset()
+            self.kv_pool.forget()
 
     def use_policy(self, policy: str, prefetch: str | None = None, predictor: str | None = None) -> None:
         """Go on with empty slots under another policy, which has seen nothing; weights and KV cache stay.
 
         `prefetch`, `predictor`: others, too; None leaves them as they are. The predictor has seen nothing.
+        Raises FlashMoEError while generations run.
         """
+        with self.scheduler.exclusive():
+            self._use_policy(policy, prefetch, predictor)
+
+    def _use_policy(self, policy: str, prefetch: str | None, predictor: str | None) -> None:
         self.run_config = run = replace(
             self.run_config,
             policy=policy,
@@ -364,7 +386,7 @@ class LLM:
         decoder, slots = self.engine.decoder, self.plan.passing_slots
         if isinstance(decoder, Decoder) and slots and self.scheduler.most_running > 1:
             threads = torch.get_num_threads()
-            self.scheduler.background = BackgroundPrefill(decoder, make_context(threads), slots)
+            self.scheduler.use_background(BackgroundPrefill(decoder, make_context(threads), slots))
 
     def close(self) -> None:
         """Free the expert slots and close the files; safe to call twice."""
@@ -434,8 +456,9 @@ class Chat:
         """As `stream`, for asyncio; several chats may go on together."""
         turn = self._begin(message, sampling)
         try:
-            async for piece in self.llm.astream_tokens(turn.prompt, turn.params, self.stats):
-                yield piece
+            async with aclosing(self.llm.astream_tokens(turn.prompt, turn.params, self.stats)) as pieces:
+                async for piece in pieces:
+                    yield piece
         finally:
             self._keep(turn)
 
@@ -459,11 +482,11 @@ class Chat:
         return _Turn(user, text, self._encode(text), params, self.stats)
 
     def _keep(self, turn: "_Turn") -> None:
-        stats = turn.stats
-        if stats.token_ids:
-            self.messages += [turn.user, {"role": "assistant", "content": stats.text}]
-            self._ids = turn.prompt + stats.token_ids
-            self._text = turn.text + self.llm.tokenizer.decode(stats.token_ids, skip_special_tokens=False)
+        ids = list(turn.stats.token_ids)
+        if ids:
+            self.messages += [turn.user, {"role": "assistant", "content": turn.stats.text}]
+            self._ids = turn.prompt + ids
+            self._text = turn.text + self.llm.tokenizer.decode(ids, skip_special_tokens=False)
 
     def save(self, path: Path) -> None:
         """Write the conversation as JSON: {"messages": [{"role", "content"}, …]}."""

@@ -24,8 +24,10 @@ from kernels.expert_ffn import Addresses, Routing
 from kernels.native import Context
 from storage.storage_errors import StorageError
 
-# Tokens whose attention is one piece of work: 2 to 5 ms at a hidden size of 2048 (docs/log.md).
-ATTENTION_TOKENS = 32
+# Tokens whose attention, or whose shared expert, is one piece of work: about 8 ms at a hidden size of 2048 on
+# two cores. Behind PIECE_HALVES tokens attending costs more, and a piece has half as many.
+PIECE_TOKENS, PIECE_HALVES = 32, 1024
+LEAST_PIECE = 4
 WAIT_S = 0.002  # how long to wait for a read before looking at the clock
 
 
@@ -40,7 +42,7 @@ class BackgroundPrefill:
         self.decoder, self._experts = decoder.twin(kernels), decoder.experts
         self._passing = self._experts.passing_reads(slots)
         self._work: Generator[bool, None, Tensor] | None = None
-        self._notes: list[tuple[int, LayerBuffers, list[int]]] = []
+        self._notes: list[tuple[int, Tensor, Tensor, Tensor, list[int]]] = []  # what the router chose
         self._wait = False
         self.result: Tensor | None = None  # logits [B, V]
         self.error: Exception | None = None
@@ -101,9 +103,9 @@ class BackgroundPrefill:
         finally:
             self._wait = False
 
-    def hurry(self) -> None:
-        """Nobody decodes: the drive is all for this."""
-        self._passing.hurry()
+    def hurry(self, urgent: bool) -> None:
+        """Whether nobody decodes, and the drive is all for this."""
+        self._passing.hurry(urgent)
 
     def end(self) -> None:
         """Forget the chunk, finished or not: what is in no KV cache yet must be run again."""
@@ -115,9 +117,8 @@ class BackgroundPrefill:
 
     def _show_notes(self) -> None:
         """Let the policy see the tokens' routing: not in the middle of an event of others."""
-        for index, buffers, token_ids in self._notes:
-            ids, weights = buffers.ids.tolist(), buffers.weights.tolist()
-            self._experts.observe(index, ids, weights, buffers.scores, token_ids)
+        for index, ids, weights, probabilities, token_ids in self._notes:
+            self._experts.observe(index, ids.tolist(), weights.tolist(), probabilities.numpy(), token_ids)
         self._notes.clear()
 
     def _run(self, batch: list[Stretch]) -> Generator[bool, None, Tensor]:
@@ -135,9 +136,13 @@ class BackgroundPrefill:
                 yield True
             if decoder.has_experts(index):
                 yield from self._experts_of(index, buffers)
-                self._notes.append((index, buffers, token_ids))
-                decoder.add_experts(index, x, buffers)
+                self._notes.append((index, buffers.ids, buffers.weights, buffers.probabilities, token_ids))
+                decoder.add_routed(x, buffers)
                 yield True
+                for begin in range(0, len(x) if decoder.has_shared_expert(index) else 0, PIECE_TOKENS):
+                    rows = slice(begin, begin + PIECE_TOKENS)
+                    decoder.add_shared(index, x[rows], buffers.h[rows])
+                    yield True
         for stretch in batch:
             stretch.kv_cache.append(stretch.tokens)
         return decoder.logits(last_rows(batch, x))
@@ -180,8 +185,12 @@ def _attention_pieces(batch: list[Stretch]) -> Iterator[tuple[slice, NDArray[np.
     """(rows of the chunk, the table that native code wants), a piece of one sequence each."""
     row = 0
     for kv_cache, tokens in batch:
-        for begin in range(0, len(tokens), ATTENTION_TOKENS):
-            count = min(ATTENTION_TOKENS, len(tokens) - begin)
-            table = [(kv_cache.address, kv_cache.length + begin, count)]
+        begin = 0
+        while begin < len(tokens):
+            position = kv_cache.length + begin
+            piece = max(LEAST_PIECE, PIECE_TOKENS * PIECE_HALVES // (PIECE_HALVES + position))
+            count = min(piece, len(tokens) - begin)
+            table = [(kv_cache.address, position, count)]
             yield slice(row, row + count), np.array(table, np.int64)
+            begin += count
             row += count

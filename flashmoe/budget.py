@@ -148,7 +148,9 @@ def plan_budget(
         further = int(FURTHER_KV_SHARE * max(0, spare) / config.kv_bytes_per_token)
         kv_tokens += min(further, (conversations - 1) * tokens)
         spare -= _kv_bytes(config, sizes, kv_tokens - tokens)
-        spare -= (step_workspace := workspace_bytes(config, MOST_STEP_TOKENS))
+        step_workspace = workspace_bytes(config, MOST_STEP_TOKENS)
+        step_workspace += 2 * 4 * conversations * config.vocab_size  # logits, and a copy to sample from
+        spare -= step_workspace
         passing = min(MOST_PASSING, max(0, spare // sizes.slot_bytes) // 16)
         slots = least_slots + max(0, spare // sizes.slot_bytes - passing)
         slots = min(sizes.experts, slots)

@@ -45,7 +45,7 @@ class RoutingObserver(Protocol):
 class Stretch(NamedTuple):
     """New tokens of one sequence."""
 
-    kv_cache: Any  # KVCache; on a GPU its own
+    kv_cache: Any  # a KVCache; on a GPU the one there is
     tokens: list[int]
 
 
@@ -202,7 +202,9 @@ class Decoder:
             self._experts_of_one_token(index, x, step)
         else:
             self._experts_of_many(index, x, step)
-        self.add_experts(index, x, buffers)
+        self.add_routed(x, buffers)
+        if self.has_shared_expert(index):
+            self.add_shared(index, x, buffers.h)
 
     def has_experts(self, index: int) -> bool:
         """Whether a layer has routed experts."""
@@ -216,13 +218,20 @@ class Decoder:
             native.attention, native.router, *sequences, len(x), x.data_ptr(), *buffers.addresses
         )
 
-    def add_experts(self, index: int, x: Tensor, buffers: LayerBuffers) -> None:
-        """x [T, D] += the experts' products, all of which are there, and the shared expert's."""
+    def add_routed(self, x: Tensor, buffers: LayerBuffers) -> None:
+        """x [T, D] += the routed experts' products, all of which are there."""
         self.expert_ffn.end(buffers.weights, x)
+
+    def has_shared_expert(self, index: int) -> bool:
+        """Whether every token of a layer with experts goes through one of them."""
+        return self._weights.layers[index].shared_gate is not None
+
+    def add_shared(self, index: int, x: Tensor, h: Tensor) -> None:
+        """x [T, D] += the shared expert of h [T, D]."""
         layer = self._weights.layers[index]
-        if layer.shared_gate is not None:
-            factor = torch.sigmoid(self._linear(buffers.h, Weight.of(layer.shared_gate)))
-            self._mlp(layer, buffers.h, factor, x)
+        assert layer.shared_gate is not None
+        factor = torch.sigmoid(self._linear(h, Weight.of(layer.shared_gate)))
+        self._mlp(layer, h, factor, x)
 
     def dense_layer(self, index: int, x: Tensor, sequences: Sequences) -> None:
         """A layer without experts: x [T, D] += attention, then += its network."""

@@ -38,26 +38,10 @@ class Engine:
         """No further token fits in the context."""
         return len(self.tokens) >= self.context
 
-    def check_prompt(self, prompt: Sequence[int]) -> None:
-        """Raises ContextError for an empty prompt or one longer than the context, ModelError for an id that
-        the model does not know."""
-        if not prompt:
-            raise ContextError("the prompt has no tokens; give at least one word")
-        if max(prompt) >= self.vocab_size:
-            raise ModelError(
-                f"the tokenizer made id {max(prompt)}; the model knows {self.vocab_size}:"
-                " they do not belong together"
-            )
-        if len(prompt) > self.context:
-            raise ContextError(
-                f"the prompt has {len(prompt)} tokens, the context holds {self.context};"
-                " shorten it, start afresh with /reset, or give a larger --context"
-            )
-
     def reuse(self, prompt: Sequence[int]) -> int:
         """Keep what the KV cache shares with `prompt`, at most all but its last token; returns how many
         tokens. Raises what `check_prompt` raises."""
-        self.check_prompt(prompt)
+        check_prompt(prompt, self.vocab_size, self.context)
         shared = min(shared_prefix(self.tokens, list(prompt)), len(prompt) - 1)
         self.decoder.kv_cache.truncate(shared)
         return shared
@@ -86,3 +70,20 @@ class Engine:
     def settle(self) -> None:
         """Have counters know of all that has run."""
         self.decoder.settle()
+
+
+def check_prompt(prompt: Sequence[int], vocab_size: int, context: int) -> None:
+    """Raises ContextError for an empty prompt or one longer than the context, ModelError for an id that the
+    model does not know."""
+    if not prompt:
+        raise ContextError("the prompt has no tokens; give at least one word")
+    unknown = max(prompt) if max(prompt) >= vocab_size else min(prompt)
+    if not 0 <= unknown < vocab_size:
+        raise ModelError(
+            f"the tokenizer made id {unknown}; the model knows {vocab_size}: they do not belong together"
+        )
+    if len(prompt) > context:
+        raise ContextError(
+            f"the prompt has {len(prompt)} tokens, the context holds {context};"
+            " shorten it, start afresh with /reset, or give a larger --context"
+        )

@@ -179,7 +179,9 @@ class ExpertCache:
 
     def passing_reads(self, slots: int) -> PassingReads:
         """For work in the background: reads into `slots` of its own, behind all demand reads."""
-        return PassingReads(self._plans, self._reader, self._reads, self.counters, slots)
+        return PassingReads(
+            self._plans, self._reader, self._reads, self.counters, slots, self._residents.__contains__
+        )
 
     def _bring(
         self, ordinal: int, asked: int, missing: Sequence[ExpertId], victims: Sequence[ExpertId]
@@ -537,11 +539,12 @@ class ExpertCache:
 
     def _next_done(self) -> Completion:
         """Wait for a read; meanwhile there may be other work."""
+        pause_s = 0.0
         while (work := self.in_wait) is not None:
             try:
-                return self._done.get_nowait() if work() else self._done.get(timeout=IN_WAIT_S)
+                return self._done.get(timeout=pause_s) if pause_s else self._done.get_nowait()
             except queue.Empty:
-                continue
+                pause_s = 0.0 if work() else IN_WAIT_S
         return self._done.get()
 
     def _arrived_already(self) -> Completion | None:

@@ -3,7 +3,6 @@
 Knows the tokenizer and the sampler, neither model nor cache; the scheduler decides when a request runs.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -68,7 +67,6 @@ class GenerationRequest:
     ) -> None:  # fmt: skip
         self.number, self.params, self.stats = number, params, stats
         self.tokens, self.prompt_tokens = list(prompt), len(prompt)
-        self.begin_s = time.perf_counter()
         self._sampler = Sampler(params, vocab_size)
         self._text, self._stops = StreamDecoder(tokenizer), StopStrings(params.stop)
         self._eos_token_ids, self._context = tokenizer.eos_token_ids, context

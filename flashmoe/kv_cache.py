@@ -110,6 +110,7 @@ class KVPool:
         assert total_tokens >= context
         self.config, self.context, self.total_tokens = config, context, total_tokens
         self.used_tokens = 0
+        self.is_busy = False  # whether somebody decodes, who should not wait for a write
         self._store = store
         self._unsaved: dict[KVCache, None] = {}  # those kept that the store has not been given
         self._counted: dict[KVCache, int] = {}
@@ -124,36 +125,44 @@ class KVPool:
     def take(self, tokens: list[int]) -> KVCache:
         """A sequence for a prompt, with what any other has of its beginning: at most all but the last token.
 
-        A kept one is taken over if it is wholly of use, or there is no room for a copy.
+        A kept one is taken over if nearly all of it is of use, or there is no room for a copy.
         """
         shared = {kv: min(shared_prefix(kv.tokens, tokens), len(tokens) - 1) for kv in self._counted}
-        best = max(shared, key=lambda kv: (shared[kv], kv in self._kept), default=None)
+        used = {kv: place for place, kv in enumerate(self._kept)}
+        best = max(shared, key=lambda kv: (shared[kv], used.get(kv, -1)), default=None)
         length = 0 if best is None else shared[best]
         stored = self._from_store(tokens, length)
         if stored is not None:
             return stored
         if best is None or length < SHORTEST_SHARED:
             return self._new()
-        if best in self._kept:
-            copyable = length < best.length - BLOCK and self._room() >= self._in_blocks(len(tokens))
-            if not copyable:
-                self._unkeep(best)
-                self.truncate(best, length)
-                return best
-            self._kept[best] = self._kept.pop(best)  # used just now
         copy = self._new()
-        if not self.grow(copy, length):
+        if best not in self._kept:
+            if self.grow(copy, length):
+                copy.copy_from(best, length)
             return copy
-        copy.copy_from(best, length)
-        return copy
+        del self._kept[best]  # not to be dropped for its own copy
+        worth_keeping = length < best.length - BLOCK
+        if worth_keeping and self.grow(copy, len(tokens)):
+            self._kept[best] = None  # used just now
+            copy.copy_from(best, length)
+            return copy
+        self.release(copy)
+        if best in self._unsaved:
+            del self._unsaved[best]
+            if worth_keeping:
+                self._save(best)
+        self.truncate(best, length)
+        return best
 
     def grow(self, kv: KVCache, length: int) -> bool:
-        """Make room for `length` tokens, dropping kept sequences; False if those that run leave none."""
+        """Make room for `length` tokens, dropping kept sequences; False, and nothing is dropped, if those
+        that run leave none."""
         wanted = self._in_blocks(length) - self._counted[kv]
-        while wanted > self._room() and self._kept:
-            self.drop_oldest()
-        if wanted > self._room():
+        if wanted > self._room() + sum(self._counted[other] for other in self._kept):
             return False
+        while wanted > self._room():
+            self.drop_oldest()
         if wanted > 0:
             self._counted[kv] += wanted
             self.used_tokens += wanted
@@ -188,15 +197,17 @@ class KVPool:
         self._idle.append(kv)
 
     def drop_oldest(self) -> None:
-        """Forget the kept sequence that was used least recently."""
+        """Forget the kept sequence that was used least recently. The store gets it, unless others decode and
+        would wait for that."""
         kv = next(iter(self._kept))
-        if kv in self._unsaved:
+        if kv in self._unsaved and not self.is_busy:
             self._save(kv)
         self._unkeep(kv)
         self.release(kv)
 
     def forget(self) -> None:
-        """Forget all kept sequences, here; a store remembers them."""
+        """Forget all kept sequences, here; a store remembers what it was given."""
+        self._unsaved.clear()
         while self._kept:
             self.drop_oldest()
 
@@ -208,7 +219,9 @@ class KVPool:
         return True
 
     def close(self) -> None:
-        """Forget all, and give all memory back."""
+        """Give the store what it has not been given, and all memory back."""
+        while self.save_one():
+            pass
         self.forget()
         self._idle.clear()
 
@@ -227,11 +240,15 @@ class KVPool:
         if shared < length + SHORTEST_STORED:
             return None
         kv = self._new()
-        if not self.grow(kv, shared) or not self._store.load(key, shared, self._rows(kv, self.context)):
+        try:
+            if self.grow(kv, shared) and self._store.load(key, shared, self._rows(kv, self.context)):
+                kv.tokens = tokens[:shared]
+                return kv
+        except BaseException:
             self.release(kv)
-            return None
-        kv.tokens = tokens[:shared]
-        return kv
+            raise
+        self.release(kv)
+        return None
 
     def _rows(self, kv: KVCache, count: int) -> list[tuple[Tensor, Tensor]]:
         layers = map(kv.tensors, range(self.config.num_hidden_layers))
@@ -243,6 +260,7 @@ class KVPool:
 
     def _new(self) -> KVCache:
         kv = self._idle.pop() if self._idle else KVCache(self.config, self.context)
+        kv.truncate(0)
         self._counted[kv] = 0
         return kv
 
@@ -255,6 +273,8 @@ class KVPool:
 
 class OneSequence:
     """A pool of one sequence whose memory is somebody else's, such as a GPU's. As `KVPool`."""
+
+    is_busy = False
 
     def __init__(self, config: ModelConfig, kv_cache: CachedTokens) -> None:
         self.config, self.context, self.total_tokens = config, kv_cache.context, kv_cache.context

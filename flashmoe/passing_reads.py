@@ -6,7 +6,7 @@ for nobody but the drive.
 
 import queue
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from flashmoe.expert_slots import CacheCounters, slot_addresses, slot_buffers
@@ -28,13 +28,14 @@ class PassingReads:
 
     def __init__(
         self, plans: Mapping[ExpertId, ReadPlan], reader: ExpertReader, reads: ReadQueue,
-        counters: CacheCounters, slots: int,
+        counters: CacheCounters, slots: int, is_resident: Callable[[ExpertId], bool],
     ) -> None:  # fmt: skip
         """`reader` and `reads` stay the caller's. Bytes and misses are counted in `counters`."""
         slot_bytes = max(plan.slot_bytes for plan in plans.values())
         arena = None if reader.in_place else memoryview(allocate_aligned(slots * slot_bytes))
         self._buffers = slot_buffers(arena, slots, slot_bytes)
         self._plans, self._reader, self._reads, self._counters = plans, reader, reads, counters
+        self._is_resident, self._urgent = is_resident, False
         self._free = list(range(slots - 1, -1, -1))
         self._wanted: deque[ExpertId] = deque()
         self._in_flight: dict[ExpertId, tuple[int, Request]] = {}
@@ -68,10 +69,12 @@ class PassingReads:
         self._free_slot(passing.key, passing.slot)
         self._submit()
 
-    def hurry(self) -> None:
-        """Nobody else needs the drive: make the reads demand reads."""
-        for _, request in self._in_flight.values():
-            self._reads.promote(request)
+    def hurry(self, urgent: bool) -> None:
+        """Whether nobody else needs the drive, so that these are demand reads."""
+        self._urgent = urgent
+        if urgent:
+            for _, request in self._in_flight.values():
+                self._reads.promote(request)
 
     def give_up(self) -> None:
         """Want nothing any more, and wait until no read writes to a slot."""
@@ -95,7 +98,7 @@ class PassingReads:
         while self._wanted and self._free:
             key, slot = self._wanted.popleft(), self._free.pop()
             self._in_flight[key] = slot, self._reads.submit(
-                key, self._plans[key], self._buffers[slot], self._done, prefetch=True
+                key, self._plans[key], self._buffers[slot], self._done, prefetch=not self._urgent
             )
             self._counters.misses += 1
 
@@ -110,5 +113,6 @@ class PassingReads:
         self._arrived.append(_Passing(key, slot, slot_addresses(completion.views)))
 
     def _free_slot(self, key: ExpertId, slot: int) -> None:
-        self._reader.release(self._plans[key])
+        if not self._is_resident(key):  # or a mapped reader would drop the pages of one that stays
+            self._reader.release(self._plans[key])
         self._free.append(slot)

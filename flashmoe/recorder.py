@@ -9,8 +9,8 @@ from storage import host
 
 
 class Recorder:
-    """One generation's. Of steps that it shares with others, hits, misses, bytes and stalls are those of the
-    whole step: nobody else's can be told apart."""
+    """One generation's. Hits, misses, bytes and stalls are those of all steps from its first to its last:
+    whose they are cannot be told apart."""
 
     def __init__(
         self, stats: GenerationStats, counters: Callable[[], CacheCounters],
@@ -19,7 +19,8 @@ class Recorder:
         """`counters`: the cache's, now. `finish` adds what only the whole knows: policy, prefetch."""
         self._stats, self._counters, self._finish = stats, counters, finish
         self._submitted = self._begin = self._step_begin = time.perf_counter()
-        self._start = self._step_start = counters().snapshot()
+        self._start: CacheCounters | None = None
+        self._step_start = counters().snapshot()
 
     def starts(self) -> None:
         """It waits no longer."""
@@ -54,7 +55,8 @@ class Recorder:
     def finish(self) -> None:
         """The generation is over."""
         self._finish(self._stats)
-        s, total = self._stats, self._counters() - self._start
+        s, now = self._stats, self._counters()
+        total = now - (self._start or now)
         s.hits, s.misses, s.expert_bytes_read = total.hits, total.misses, total.bytes_read
         s.stall_s, s.read_s = total.stall_s, total.read_s
         s.prefetch_issued, s.prefetch_hits, s.prefetch_late = (

@@ -256,7 +256,7 @@ def reserve(nbytes: int) -> mmap.mmap:
     """Private memory that takes pages as it is touched, and no huge ones: much of it may never be."""
     if sys.platform == "win32":
         return mmap.mmap(-1, nbytes)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     mapping = mmap.mmap(-1, nbytes, flags=flags)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -279,6 +280,38 @@ def test_asyncio_gets_the_same_answers_and_a_chat_goes_on(llm: LLM) -> None:
             await llm.agenerate("the " * 600)
 
     asyncio.run(main())
+
+
+def test_streams_of_many_threads_have_every_piece_whoever_computes(llm: LLM) -> None:
+    expected = llm.generate("the expert", max_tokens=3).text
+    found: list[tuple[str, str | None]] = []
+
+    def client() -> None:
+        for _ in range(25):
+            pieces = list(llm.stream("the expert", max_tokens=3))
+            found.append(("".join(p.text for p in pieces), pieces[-1].finish_reason))
+
+    for own_thread in (True, False):
+        if own_thread:
+            llm.scheduler.start()
+        clients = [threading.Thread(target=client) for _ in range(4)]
+        for thread in clients:
+            thread.start()
+        for thread in clients:
+            thread.join()
+        llm.scheduler.stop()
+    assert found == [(expected, "length")] * 200
+
+
+def test_nothing_is_changed_under_a_generation_that_runs(llm: LLM) -> None:
+    pieces = llm.stream("the expert", max_tokens=9)
+    next(pieces)
+    for change in (lambda: llm.use_policy("lfu"), llm.reset):
+        with pytest.raises(FlashMoEError, match="1 generations run"):
+            change()
+    assert len(list(pieces)) == 8
+    llm.use_policy("lfu")
+    llm.reset()
 
 
 def test_an_asynchronous_answer_that_nobody_takes_is_cancelled(llm: LLM) -> None:

@@ -175,6 +175,36 @@ def test_what_has_left_memory_comes_back_from_the_store(tmp_path: Path) -> None:
     assert not KVPool(config(), CONTEXT, CONTEXT).save_one()
 
 
+def test_a_new_prompt_that_shares_a_beginning_leaves_the_newest_conversation_alone() -> None:
+    """In a full pool: every chat template begins alike."""
+    memory, template = pool(6 * BLOCK), [5] * 10
+    oldest = kept(memory, template + [1] * (2 * BLOCK + 20))
+    newest = kept(memory, template + [2] * (2 * BLOCK + 20))
+    fresh = memory.take(template + [3] * 20)
+    assert holds(fresh, template)
+    assert memory.kept == [newest] and oldest not in memory.kept
+    assert newest.length == 2 * BLOCK + 30
+
+
+def test_what_is_cut_for_want_of_room_is_stored_first(tmp_path: Path) -> None:
+    store = SessionStore(tmp_path / "kept", 1 << 30, "ab" * 32)
+    memory = KVPool(config(), CONTEXT, CONTEXT, store)
+    whole = [5] * 20 + [1] * 2 * BLOCK
+    kept(memory, whole)
+    cut = memory.take([5] * 20 + [2] * 3 * BLOCK)
+    assert cut.tokens == [5] * 20
+    assert store.longest_prefix(whole)[1] == len(whole)
+
+
+def test_a_prompt_that_cannot_have_room_drops_nobody() -> None:
+    memory = pool(CONTEXT)
+    running = memory.take([1] * 9)
+    assert memory.grow(running, CONTEXT - BLOCK)
+    other = kept(memory, [2] * BLOCK)
+    assert not memory.grow(memory.take([3] * 9), 2 * BLOCK)
+    assert memory.kept == [other]
+
+
 def test_there_is_no_room_when_those_that_run_have_it_all() -> None:
     memory = pool(CONTEXT)
     first, second = memory.take([1] * 9), memory.take([2] * 9)

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashmoe.background_prefill import BackgroundPrefill
+from flashmoe.batch import next_tokens
 from flashmoe.decoder import Decoder
 from flashmoe.errors import ContextError, ModelError, QueueFullError
 from flashmoe.generation import GenerationRequest, Piece
@@ -27,13 +28,39 @@ from tests.tiny_models import FAMILIES, make_tiny_checkpoint
 CONTEXT = 256
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+# What a layer may be beside the plain one.
+KINDS: dict[str, dict[str, Any]] = {
+    **{family: {} for family in sorted(FAMILIES)},
+    "mixtral, window": {"sliding_window": 16},
+    "qwen3_moe, dense layer": {"mlp_only_layers": [1]},
+    "qwen2_moe, dense layer, windows": {
+        "mlp_only_layers": [0], "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1,
+    },
+    "olmoe, clipped": {"clip_qkv": 0.5},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four experts a token: a sum of two could not show its order."""
-    made = tmp_path_factory.mktemp("model")
+    made, family = tmp_path_factory.mktemp("model"), request.param.split(",")[0]
     return make_tiny_checkpoint(
-        made, request.param, num_experts_per_tok=4, max_position_embeddings=CONTEXT
+        made, family, num_experts_per_tok=4, max_position_embeddings=CONTEXT, **KINDS[request.param]
     )
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model, for what does not depend on its kind."""
+    made = tmp_path_factory.mktemp("one")
+    return make_tiny_checkpoint(made, num_experts_per_tok=4, max_position_embeddings=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def alone_one(one: Path) -> Iterator["Bench"]:
+    bench = Bench(one, slots=None, background=False, most_running=1)
+    yield bench
+    bench.close()
 
 
 class Bench:
@@ -54,7 +81,7 @@ class Bench:
             most_running, **options,
         )  # fmt: skip
         if background:
-            self.scheduler.background = BackgroundPrefill(decoder, make_context(2), slots=2)
+            self.scheduler.use_background(BackgroundPrefill(decoder, make_context(2), slots=2))
 
     def submit(self, prompt: list[int], tokens: int, **options: Any) -> GenerationRequest:
         pieces: list[Piece] = []
@@ -73,8 +100,8 @@ class Bench:
         return request.tokens[len(prompt) :]
 
     def close(self) -> None:
-        if self.scheduler.background is not None:
-            self.scheduler.background.end()
+        self.scheduler.stop()
+        self.scheduler.use_background(None)
         self.decoder.experts.close()
 
 
@@ -130,20 +157,20 @@ def test_sampling_does_not_depend_on_who_runs_beside(folder: Path, alone: Bench)
     bench.close()
 
 
-def test_who_has_no_room_gives_way_and_comes_back_with_the_same_answer(folder: Path, alone: Bench) -> None:
-    bench = Bench(folder, kv_tokens=CONTEXT)
+def test_who_has_no_room_gives_way_and_comes_back_with_the_same_answer(one: Path, alone_one: Bench) -> None:
+    bench = Bench(one, kv_tokens=CONTEXT)
     requests = [bench.submit(prompt(i, 50), 60) for i in range(4)]
     bench.run()
     assert bench.scheduler.totals.preempted > 0
     for i, request in enumerate(requests):
         check_ended(bench, request)
-        assert request.tokens[50:] == alone.answer(prompt(i, 50), 60)
+        assert request.tokens[50:] == alone_one.answer(prompt(i, 50), 60)
     bench.close()
 
 
-def test_a_prompt_runs_only_what_no_other_has_run(folder: Path, alone: Bench) -> None:
+def test_a_prompt_runs_only_what_no_other_has_run(one: Path, alone_one: Bench) -> None:
     """The next turn, a shared beginning of one that is kept, and of one that runs just now."""
-    bench = Bench(folder)
+    bench = Bench(one)
     system = prompt(0, 60)
     first = bench.submit(system + prompt(1, 9), 8)
     bench.run()
@@ -155,15 +182,15 @@ def test_a_prompt_runs_only_what_no_other_has_run(folder: Path, alone: Bench) ->
     twins = [bench.submit(prompt(7, 80) + prompt(i, 4), 4) for i in range(3)]
     bench.run()
     assert [twin.stats.cached_tokens for twin in twins] == [0, 80, 80]
-    assert second.tokens[len(turn) :] == alone.answer(turn, 4)
+    assert second.tokens[len(turn) :] == alone_one.answer(turn, 4)
     for i, twin in enumerate(twins):
-        assert twin.tokens[84:] == alone.answer(prompt(7, 80) + prompt(i, 4), 4)
+        assert twin.tokens[84:] == alone_one.answer(prompt(7, 80) + prompt(i, 4), 4)
     bench.close()
 
 
-def test_cancelling_one_leaves_the_others_alone(folder: Path, alone: Bench) -> None:
+def test_cancelling_one_leaves_the_others_alone(one: Path, alone_one: Bench) -> None:
     """While it waits, in its prompt beside others, alone in its prompt, and while it decodes."""
-    bench = Bench(folder, most_running=3)
+    bench = Bench(one, most_running=3)
     staying = bench.submit(prompt(0, 30), 40)
     bench.scheduler.step()
     decoding = bench.submit(prompt(1, 5), 40)
@@ -178,38 +205,164 @@ def test_cancelling_one_leaves_the_others_alone(folder: Path, alone: Bench) -> N
     for request in (decoding, in_prompt, waiting):
         check_ended(bench, request, "cancelled")
     check_ended(bench, staying)
-    assert staying.tokens[30:] == alone.answer(prompt(0, 30), 40)
+    assert staying.tokens[30:] == alone_one.answer(prompt(0, 30), 40)
     assert bench.scheduler.totals.cancelled == 3
     assert bench.pool.used_tokens == sum(bench.pool._counted.values()) and not bench.scheduler.running
     bench.close()
 
 
-def test_a_request_that_fails_by_itself_takes_nobody_along(folder: Path, alone: Bench) -> None:
-    class Unhappy:
-        is_complete = False
+class Unhappy:
+    """A constraint that raises."""
 
-        def allowed(self) -> None:
-            return None
+    is_complete = False
 
-        def accept(self, token_id: int) -> None:
-            raise ModelError("this grammar has had enough")
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
 
-    bench = Bench(folder)
-    staying = bench.submit(prompt(0, 10), 12)
-    pieces: list[Piece] = []
-    bench.scheduler.submit(prompt(1, 10), SamplingParams(max_tokens=9), pieces.append, constraint=Unhappy())
-    bench.run()
-    assert pieces[-1].finish_reason == "error" and isinstance(pieces[-1].error, ModelError)
-    assert staying.tokens[10:] == alone.answer(prompt(0, 10), 12)
+    def allowed(self) -> None:
+        return None
+
+    def accept(self, token_id: int) -> None:
+        raise self.error
+
+
+class Panic(BaseException):
+    """As a library in Rust raises."""
+
+
+@pytest.mark.parametrize("error", [ModelError("enough"), ValueError("a bug"), Panic("unwrap")])
+def test_a_request_that_fails_by_itself_takes_nobody_along(
+    one: Path, alone_one: Bench, error: BaseException
+) -> None:
+    bench = Bench(one)
+    bench.scheduler.start()
+    staying, pieces = bench.submit(prompt(0, 10), 12), list[Piece]()
+    params = SamplingParams(max_tokens=9)
+    bench.scheduler.submit(prompt(1, 10), params, pieces.append, constraint=Unhappy(error))
+    bench.scheduler.stop(drain_s=60)
+    assert pieces[-1].finish_reason == "error" and str(error) in str(pieces[-1].error)
+    check_ended(bench, staying)
+    assert staying.tokens[10:] == alone_one.answer(prompt(0, 10), 12)
     assert bench.scheduler.totals.failed == 1
     bench.close()
 
 
+@pytest.mark.parametrize("where", ["take", "decode", "background", "admit"])
+def test_a_ctrl_c_anywhere_leaves_requests_that_can_go_on(
+    one: Path, alone_one: Bench, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    bench = Bench(one, slots=6)
+    first, second = bench.submit(prompt(0, 10), 20), bench.submit(prompt(1, 12), 20)
+    for _ in range(3):
+        bench.scheduler.step()
+    third = bench.submit(prompt(2, 90), 5)
+    target, name = {
+        "take": (first, "take"), "decode": (bench.decoder.expert_ffn, "end"),
+        "background": (bench.scheduler._lane.background.decoder.expert_ffn, "add"),  # type: ignore[union-attr]
+        "admit": (bench.pool, "grow"),
+    }[where]  # fmt: skip
+    method, broken = getattr(target, name), [True]
+
+    def interrupted(*arguments: Any) -> Any:
+        if broken:
+            broken.pop()
+            raise KeyboardInterrupt
+        return method(*arguments)
+
+    monkeypatch.setattr(target, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run()
+    bench.run()
+    for request, length, count in ((first, 10, 20), (second, 12, 20), (third, 90, 5)):
+        check_ended(bench, request)
+        of_prompt = request.tokens[:length]
+        assert request.tokens[length:] == alone_one.answer(of_prompt, count)
+    assert bench.pool.used_tokens == sum(bench.pool._counted.values())
+    assert len(bench.pool._counted) == len(bench.pool.kept)
+    bench.close()
+
+
+def test_closing_a_stream_from_within_a_step_is_seen_to_after_it(one: Path, alone_one: Bench) -> None:
+    """As the garbage collector may do with one that was abandoned."""
+    bench, victims = Bench(one), list[GenerationRequest]()
+
+    def callback() -> bool:
+        if victims:
+            bench.scheduler.retire(victims.pop())
+        return False
+
+    pieces: list[Piece] = []
+    staying = bench.scheduler.submit(
+        prompt(0, 40), SamplingParams(max_tokens=12), pieces.append, cancelled=callback
+    )
+    leaving = bench.submit(prompt(1, 40), 12)
+    bench.scheduler.step()
+    victims.append(leaving)
+    bench.run()
+    assert staying.tokens[40:] == alone_one.answer(prompt(0, 40), 12)
+    later = bench.submit(prompt(2, 30), 9)
+    bench.run()
+    assert later.stats.cached_tokens == 0
+    assert later.tokens[30:] == alone_one.answer(prompt(2, 30), 9)
+    bench.close()
+
+
+def test_the_youngest_gives_way_even_if_its_prompt_is_under_way(one: Path, alone_one: Bench) -> None:
+    bench = Bench(one, slots=6, kv_tokens=CONTEXT)
+    oldest = bench.submit(prompt(0, 125), 100)
+    for _ in range(2):
+        bench.scheduler.step()
+    youngest = bench.submit(prompt(1, 120), 4)
+    assert bench.scheduler._lane is not None
+    bench.scheduler._lane.run_beside = lambda decoding, step: step()  # type: ignore[method-assign, assignment]
+    for _ in range(6):  # the chunk stands still; the oldest wants its third block
+        bench.scheduler.step()
+    assert bench.scheduler.totals.preempted > 0
+    assert [running.request for running in bench.scheduler._running] == [oldest]
+    del bench.scheduler._lane.run_beside
+    bench.run()
+    for request, length, count in ((oldest, 125, 100), (youngest, 120, 4)):
+        assert request.tokens[length:] == alone_one.answer(request.tokens[:length], count)
+    bench.close()
+
+
+def test_nobody_waits_behind_one_who_waits_for_a_shared_beginning(one: Path) -> None:
+    bench = Bench(one, most_running=3)
+    decoding = bench.submit(prompt(9, 5), 200)
+    bench.scheduler.step()
+    bench.scheduler.step()
+    bench.submit(prompt(0, 200) + [5], 2)
+    bench.scheduler.step()
+    waiting, other = bench.submit(prompt(0, 200) + [6], 2), bench.submit([7, 8, 9], 2)
+    while not other.is_finished:
+        bench.scheduler.step()
+    assert not waiting.generated and not decoding.is_finished
+    bench.run()
+    assert waiting.stats.cached_tokens == 200
+    bench.close()
+
+
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=8))
+def test_of_prompts_the_oldest_goes_on_and_then_the_shortest_go_first(lengths: list[int]) -> None:
+    class Fake:
+        def __init__(self, missing: int) -> None:
+            self.missing, self.pending = missing, list(range(missing))
+
+    prompts: Any = [Fake(length) for length in lengths]
+    work = next_tokens(prompts, 512)
+    given_to = {id(running): len(tokens) for running, tokens in work}
+    assert sum(given_to.values()) == min(512, sum(lengths))
+    assert given_to[id(prompts[0])] >= min(lengths[0], 256)
+    unfinished = [p.missing for p in prompts[1:] if given_to.get(id(p), 0) < p.missing]
+    begun = [p.missing for p in prompts[1:] if given_to.get(id(p), 0)]
+    assert not unfinished or max(begun, default=0) <= max(unfinished)
+
+
 @pytest.mark.parametrize("when", ["prompt", "decode", "background"])
 def test_after_an_error_of_the_drive_it_goes_on(
-    folder: Path, alone: Bench, monkeypatch: pytest.MonkeyPatch, when: str
+    one: Path, alone_one: Bench, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    bench = Bench(folder, slots=4)
+    bench = Bench(one, slots=4)
     reader = bench.decoder.experts._reader
     read, broken = reader.read_run, threading.Event()
 
@@ -234,12 +387,12 @@ def test_after_an_error_of_the_drive_it_goes_on(
     again = bench.submit(prompt(0, 20), 30)
     bench.run()
     check_ended(bench, again)
-    assert again.tokens[20:] == alone.answer(prompt(0, 20), 30)
+    assert again.tokens[20:] == alone_one.answer(prompt(0, 20), 30)
     bench.close()
 
 
-def test_too_many_too_long_and_unknown_are_refused_at_once(folder: Path) -> None:
-    bench = Bench(folder, most_running=1, most_waiting=2)
+def test_too_many_too_long_and_unknown_are_refused_at_once(one: Path) -> None:
+    bench = Bench(one, most_running=1, most_waiting=2)
     for _ in range(2):
         bench.submit([5], 2)
     with pytest.raises(QueueFullError, match="2 requests wait already") as full:
@@ -255,8 +408,8 @@ def test_too_many_too_long_and_unknown_are_refused_at_once(folder: Path) -> None
     bench.close()
 
 
-def test_a_full_context_ends_the_answer(folder: Path) -> None:
-    bench = Bench(folder)
+def test_a_full_context_ends_the_answer(one: Path) -> None:
+    bench = Bench(one)
     request = bench.submit(prompt(0, CONTEXT - 3), 50)
     bench.run()
     check_ended(bench, request, "context")
@@ -264,8 +417,8 @@ def test_a_full_context_ends_the_answer(folder: Path) -> None:
     bench.close()
 
 
-def test_a_thread_of_its_own_serves_whoever_submits_and_drains_at_the_end(folder: Path, alone: Bench) -> None:
-    bench = Bench(folder, most_running=3, most_waiting=99)
+def test_a_thread_of_its_own_serves_all_and_drains_at_the_end(one: Path, alone_one: Bench) -> None:
+    bench = Bench(one, most_running=3, most_waiting=99)
     bench.scheduler.start()
     requests: dict[int, GenerationRequest] = {}
 
@@ -284,17 +437,16 @@ def test_a_thread_of_its_own_serves_whoever_submits_and_drains_at_the_end(folder
         assert request.is_finished
         if i % 3 != 2:
             check_ended(bench, request)
-            assert request.tokens[10 + 5 * i :] == alone.answer(prompt(i, 10 + 5 * i), 6)
-    with pytest.raises(QueueFullError, match="shutting down"):
-        bench.submit([5], 1)
+            assert request.tokens[10 + 5 * i :] == alone_one.answer(prompt(i, 10 + 5 * i), 6)
+    assert bench.answer([5], 1) == alone_one.answer([5], 1)  # whoever asks computes again
     bench.close()
 
 
 def test_a_bug_of_ours_ends_who_meets_it_and_nobody_else(
-    folder: Path, alone: Bench, monkeypatch: pytest.MonkeyPatch
+    one: Path, alone_one: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a step, and before the first: a server must not stand still."""
-    bench = Bench(folder)
+    bench = Bench(one)
     broken = [True, True]
 
     def fails(method: Any) -> Any:
@@ -321,12 +473,12 @@ def test_a_bug_of_ours_ends_who_meets_it_and_nobody_else(
     check_ended(bench, first, "error")
     check_ended(bench, second, "error")
     check_ended(bench, third)
-    assert third.tokens[9:] == alone.answer(prompt(2, 9), 4)
+    assert third.tokens[9:] == alone_one.answer(prompt(2, 9), 4)
     bench.close()
 
 
-def test_stopping_without_patience_cancels_what_is_left(folder: Path) -> None:
-    bench = Bench(folder)
+def test_stopping_without_patience_cancels_what_is_left(one: Path) -> None:
+    bench = Bench(one)
     bench.scheduler.start()
     requests = [bench.submit(prompt(i, 40), 200) for i in range(6)]
     while not requests[0].generated:
@@ -364,5 +516,6 @@ def test_any_order_of_events(alone: Bench, folder: Path, data: st.DataObject) ->
         assert generated == expected[: len(generated)]
         assert request.stats.finish_reason == "cancelled" or generated == expected
     assert bench.pool.used_tokens == sum(bench.pool._counted.values())
-    assert not bench.scheduler._left_behind and not bench.scheduler.running
+    assert bench.scheduler._lane is not None and not bench.scheduler._lane._left_behind
+    assert not bench.scheduler.running
     bench.close()

@@ -109,7 +109,10 @@ def _tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         if family in ("qwen3_moe", "olmoe"):
             yield f"{at}.self_attn.q_norm.weight", (q if family == "olmoe" else head,)
             yield f"{at}.self_attn.k_norm.weight", (kv if family == "olmoe" else head,)
-        yield from _feed_forward(f"{at}.{'block_sparse_moe' if family == 'mixtral' else 'mlp'}", config)
+        if layer in config.get("mlp_only_layers", ()):
+            yield from _mlp(f"{at}.mlp", config["intermediate_size"], d)
+        else:
+            yield from _feed_forward(f"{at}.{'block_sparse_moe' if family == 'mixtral' else 'mlp'}", config)
     yield "model.norm.weight", (d,)
     if not config["tie_word_embeddings"]:
         yield "lm_head.weight", (config["vocab_size"], d)
@@ -127,10 +130,14 @@ def _feed_forward(block: str, config: dict[str, Any]) -> Iterator[tuple[str, tup
         yield f"{block}.experts.{expert}.{down}.weight", (d, width)
     if config["model_type"] == "qwen2_moe":
         shared = config["shared_expert_intermediate_size"]
-        yield f"{block}.shared_expert.gate_proj.weight", (shared, d)
-        yield f"{block}.shared_expert.up_proj.weight", (shared, d)
-        yield f"{block}.shared_expert.down_proj.weight", (d, shared)
+        yield from _mlp(f"{block}.shared_expert", shared, d)
         yield f"{block}.shared_expert_gate.weight", (1, d)
+
+
+def _mlp(block: str, width: int, d: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{block}.gate_proj.weight", (width, d)
+    yield f"{block}.up_proj.weight", (width, d)
+    yield f"{block}.down_proj.weight", (d, width)
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
