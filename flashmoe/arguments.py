@@ -302,7 +302,8 @@ def _add_bare_command(commands: "Commands", name: str, summary: str) -> argparse
         help="folder of safetensors or Hugging Face repo id (default: the demo model, built once)",
     )
     add("--quiet", action="store_true", help="neither plan nor speed on stderr")
-    add("-v", "--verbose", action="store_true", help="also what was measured and decided at start")
+    about = "also what was measured and decided at start" + ("; a line a request" if name == "serve" else "")
+    add("-v", "--verbose", action="store_true", help=about)
     return parser
 
 
