@@ -393,6 +393,7 @@ class LLM:
         if not self._closed:
             self._closed = True
             self.scheduler.stop()
+            self.scheduler.use_background(None)
             self.kv_pool.close()
             self.expert_cache.close()
             decoder = self.engine.decoder

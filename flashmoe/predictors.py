@@ -54,7 +54,6 @@ class NextRouter:
                 guesses += [Guess(ahead, expert, weight) for expert, weight in chosen]
         return guesses
 
-
     def predict_together(self, layer: int, x: Tensor) -> list[Guess]:
         """For one step of several sequences, x [T, D]: the next layer's experts, the surest first. An
         expert's confidence is the chance that at least one token wants it, were weights chances."""

@@ -141,7 +141,6 @@ class Prefetcher(PrefetchSwitch):
             sure = [(g.layer, g.expert) for g in guesses if g.confidence >= self.least_confidence]
             cache.prefetch(sure, room)
 
-
     def routed_together(self, cache: ExpertCache, layer: int, x: Tensor) -> None:
         """As `routed`, for a step of several sequences. A prompt in the background has the idle drive."""
         if isinstance(self.predictor, BatchPredictor) and cache.in_wait is None:

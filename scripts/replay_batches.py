@@ -5,8 +5,8 @@
     python scripts/replay_batches.py --trace mine.npz --capacity 352,560 --policies lru,lfu,learned
 
 Sequences of a trace step together: one event a layer, of all their tokens, as flashmoe/scheduler.py has it.
-`union` is how many experts of a layer one step needs; misses are per token, over the second half of the steps.
-Belady knows the future, so what it needs nobody can save: where its misses per token do not fall with the
+`union` is how many experts of a layer one step needs; misses are per token, over the second half of the
+steps. Belady knows the future, so what it needs nobody can save: where its misses per token do not fall with the
 number of sequences, a drive-bound server gains nothing from more of them.
 """
 
