@@ -6,8 +6,8 @@
 
 Sequences of a trace step together: one event a layer, of all their tokens, as flashmoe/scheduler.py has it.
 `union` is how many experts of a layer one step needs; misses are per token, over the second half of the
-steps. Belady knows the future, so what it needs nobody can save: where its misses per token do not fall with the
-number of sequences, a drive-bound server gains nothing from more of them.
+steps. Belady knows the future, so what it needs nobody can save: where its misses per token do not fall with
+the number of sequences, a drive-bound server gains nothing from more of them.
 """
 
 import argparse
