@@ -12,13 +12,16 @@ import argparse
 import re
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from shutil import copyfileobj
 from typing import Any
 
+import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from schemathesis import GenerationMode
@@ -66,7 +69,11 @@ def fuzz(url: str, cases: int, start: int = 0, api_key: str | None = None) -> Re
     operations = [result.ok() for result in schema.get_all_operations()]
     report = Report({operation.path: Counter() for operation in operations})
     while report.cases < cases:  # a seed gives fewer where there are few different ones
-        _send_some(report, url, headers, operations, cases - report.cases, start)
+        try:
+            _send_some(report, url, headers, operations, cases - report.cases, start)
+        except (requests.ConnectionError, KeyboardInterrupt) as error:  # what was found until then is told
+            report.failures.append(f"ended early, no server or by hand: {type(error).__name__} {error}")
+            break
         start += 1
     return report
 
@@ -113,7 +120,11 @@ def started(model: Path | None, ram_budget: str, context: int) -> Iterator[str]:
     try:
         for line in server.stderr:
             if found := re.search(r"http://\S+?:\d+", line):
+                # On with its lines: it would wait for ever once the pipe is full.
+                threading.Thread(target=copyfileobj, args=(server.stderr, sys.stderr), daemon=True).start()
                 yield found[0]
+                if server.poll() is not None:
+                    print(f"flashmoe serve ended by itself with {server.returncode}")
                 return
         raise SystemExit(f"flashmoe serve ended with {server.wait()}")
     finally:
