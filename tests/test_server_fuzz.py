@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import requests
 from servers import serving
 
 from flashmoe import LLM
+from scripts import fuzz_api
 from scripts.fuzz_api import fuzz
 
 
@@ -18,3 +20,13 @@ def test_no_request_makes_a_server_error_or_an_undocumented_answer(tiny_model: P
     assert report.failures == [], report.failures[0]
     assert report.server_errors == 0
     assert {200, 400} <= set(report.statuses["/v1/chat/completions"])
+
+
+def test_a_server_that_goes_away_is_a_failure_and_the_end(monkeypatch: pytest.MonkeyPatch):
+    def refused(*_: object) -> None:
+        raise requests.ConnectionError("refused")
+
+    monkeypatch.setattr(fuzz_api, "_send_some", refused)
+    with serving(None) as server:
+        report = fuzz(server.url, 10)
+    assert report.cases == 0 and "refused" in report.failures[0]
