@@ -8,9 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flashmoe.api import LLM, Chat, Generation
+    from flashmoe.api import LLM
+    from flashmoe.chat import Chat
     from flashmoe.errors import FlashMoEError
-    from flashmoe.generation import Piece
+    from flashmoe.generation import Generation, Piece
     from flashmoe.sampler import SamplingParams
     from flashmoe.stats import GenerationStats
 
@@ -24,8 +25,8 @@ __all__ = ["LLM", "Chat", "FlashMoEError", "Generation", "GenerationStats", "Pie
 
 _HOMES = {
     "LLM": "flashmoe.api",
-    "Chat": "flashmoe.api",
-    "Generation": "flashmoe.api",
+    "Chat": "flashmoe.chat",
+    "Generation": "flashmoe.generation",
     "Piece": "flashmoe.generation",
     "FlashMoEError": "flashmoe.errors",
     "SamplingParams": "flashmoe.sampler",

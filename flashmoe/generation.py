@@ -39,6 +39,21 @@ class Piece:
     error: Exception | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A finished answer."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: GenerationStats
+
+    @classmethod
+    def of(cls, stats: GenerationStats) -> "Generation":
+        """What a generation that has ended left behind."""
+        return cls(stats.text, stats.token_ids, stats.finish_reason or "stop", stats)
+
+
 class Constraint(Protocol):
     """What a generation may say: a JSON schema, a grammar. One object a generation."""
 

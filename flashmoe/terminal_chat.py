@@ -18,7 +18,7 @@ from flashmoe.stats import GenerationStats
 from storage.storage_errors import StorageError
 
 if TYPE_CHECKING:
-    from flashmoe.api import Chat
+    from flashmoe.chat import Chat
     from flashmoe.generation import Piece
 
 HINT = "/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves"
