@@ -5,14 +5,16 @@
 
 Throughput: the same greedy chats one after the other, then so many at once, in alternating rounds; medians of
 the ratios, and whether every answer is the same. Pace: seven chats decode alone, then while prompts arrive
-without end; the 95th percentile of the time between a chat's tokens, and its ratio. Second turn: the time to
-the first token of a long conversation's next message, and of the same conversation begun anew.
+without end; the 95th percentile of the time between a chat's tokens, and its ratio. Turns: the time to the
+first token of a long conversation's next message, and of the same conversation begun anew. Resume: that of a
+long prompt, and of the same one on a model opened again, with and without a session cache.
 """
 
 import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +44,8 @@ def main() -> None:
             report["pace"] = pace(llm, prompts, options)
         if "turns" in options.parts:
             report["turns"] = turns(llm, prompts, options)
+    if "resume" in options.parts:
+        report["resume"] = resume(prompts, options)
     if options.output:
         options.output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
 
@@ -185,6 +189,26 @@ def turns(llm: LLM, prompts: list[list[int]], options: argparse.Namespace) -> di
     return {"rows": rows}
 
 
+# ---- in another process, as far as the model can tell
+
+def resume(prompts: list[list[int]], options: argparse.Namespace) -> dict[str, list[float]]:
+    prompt = [token for each in prompts for token in each][:512]
+    seconds: dict[str, list[float]] = {"first": [], "again": [], "without": []}
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+            for kind, cache in (("first", folder), ("again", folder), ("without", None)):
+                with LLM(
+                    options.model, ram_budget=options.ram_budget, context=options.context,
+                    policy=options.policy, threads=options.threads, session_cache=cache,
+                ) as llm:  # fmt: skip
+                    clock = Clock()
+                    run_all(llm, [clock.submit(llm, prompt, 1)])
+                    seconds[kind].append(clock.times[0] - clock.begin)
+    print(f"512 tokens, first token after {spread(seconds['first'])} s; the model opened again"
+          f" {spread(seconds['again'])} s, without a session cache {spread(seconds['without'])} s")  # fmt: skip
+    return seconds
+
+
 # ---- common
 
 class Clock:
@@ -237,7 +261,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=200, help="longest prompt taken")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--at-once", type=int, nargs="*", default=[2, 8])
-    parser.add_argument("--parts", nargs="*", default=["throughput", "pace", "turns"])
+    parser.add_argument("--parts", nargs="*", default=["throughput", "pace", "turns", "resume"])
+    parser.add_argument("--scratch", type=Path, help="folder for the session cache")
     parser.add_argument("--output", type=Path, help="all figures as JSON")
     return parser.parse_args()
 
