@@ -204,8 +204,9 @@ def resume(prompts: list[list[int]], options: argparse.Namespace) -> dict[str, l
                     clock = Clock()
                     run_all(llm, [clock.submit(llm, prompt, 1)])
                     seconds[kind].append(clock.times[0] - clock.begin)
-    print(f"512 tokens, first token after {spread(seconds['first'])} s; the model opened again"
-          f" {spread(seconds['again'])} s, without a session cache {spread(seconds['without'])} s")  # fmt: skip
+    first, again, without = (spread(seconds[kind]) for kind in ("first", "again", "without"))
+    print(f"512 tokens, first token after {first} s; the model opened again {again} s,"
+          f" without a session cache {without} s")  # fmt: skip
     return seconds
 
 
