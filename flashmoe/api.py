@@ -375,7 +375,7 @@ class LLM:
             self.scheduler.use_background(BackgroundPrefill(decoder, make_context(threads), slots))
 
     def close(self) -> None:
-        """Free the expert slots and close the files; safe to call twice."""
+        """Free all memory and close the files; safe to call twice."""
         if not self._closed:
             self._closed = True
             self.scheduler.stop()
@@ -387,6 +387,7 @@ class LLM:
                 from flashmoe.gpu_loader import give_back
 
                 give_back(decoder)
+            del decoder, self.engine.decoder, self.scheduler.decoder, self._weights
             if self.learning is not None:
                 self.learning.end()
 

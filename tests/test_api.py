@@ -1,8 +1,10 @@
 """`LLM` and `Chat` as a user of the Python API meets them, on a tiny random model."""
 
 import asyncio
+import gc
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -340,3 +342,19 @@ def test_a_conversation_goes_on_from_its_session_cache(tiny_model: Path, tmp_pat
     assert 64 < other.stats.cached_tokens < other.stats.prompt_tokens - 1
     with LLM(tiny_model, ram_budget=BUDGET, context=512) as llm:
         assert llm.chat(system=system, max_tokens=9).send("the capital").token_ids == other.token_ids
+
+
+def test_closing_frees_the_weights_without_a_collector(tiny_model: Path) -> None:
+    """A program that opens one model after the other must not hold the first one's."""
+    llm = LLM(tiny_model, ram_budget=BUDGET, context=64)
+    llm.generate(["the expert"] * 3, max_tokens=3)
+    decoder = llm.engine.decoder
+    held = [weakref.ref(decoder), weakref.ref(llm._weights.norm), weakref.ref(decoder.kv_cache)]
+    del decoder
+    gc.disable()
+    try:
+        llm.close()
+        assert [reference() for reference in held] == [None] * 3
+    finally:
+        gc.enable()
+    llm.close()

@@ -22,7 +22,7 @@ FRANCE: Any = [{"role": "user", "content": "What is the capital of France?"}]
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(None, ram_budget="2G") as llm:
+    with LLM(None, ram_budget="8G") as llm:
         yield llm
 
 
