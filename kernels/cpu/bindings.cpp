@@ -73,6 +73,7 @@ nb::tuple pack_result(const double* error) { return nb::make_tuple(error[0], err
 
 NB_MODULE(_native, m) {
   m.doc() = "CPU kernels; see flashmoe_cpu.h. Addresses are integers, memory stays the caller's.";
+  nb::set_leak_warnings(false);  // what is in a circle when the interpreter ends is freed with the process
   m.def("isa_names", [] { return std::string(fm_isa_names()); });
   m.def("packed_matrix_bytes", &fm_packed_matrix_bytes, "format"_a, "rows"_a, "columns"_a);
   m.def("packed_expert_bytes", &fm_packed_expert_bytes, "format"_a, "hidden"_a, "width"_a);
