@@ -163,9 +163,7 @@ class LLM:
         params = self.sampling_params(sampling)
         if isinstance(prompts, str):
             return self._generate([self.encode(prompts)], params, None)[0]
-        encoded = [self.encode(prompt) for prompt in prompts]
-        for ids in encoded:
-            self.scheduler.check_prompt(ids)
+        encoded = self._encode_all(prompts)
         with nullcontext() if not progress else progress_bar(counting=True) as bar:
             return self._generate(encoded, params, bar)
 
@@ -203,9 +201,7 @@ class LLM:
         """As `generate`, for asyncio."""
         params = self.sampling_params(sampling)
         room = asyncio.Semaphore(min(2 * self.scheduler.most_running, self.scheduler.most_waiting))
-        encoded = [self.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-        for ids in encoded:
-            self.scheduler.check_prompt(ids)
+        encoded = self._encode_all([prompts] if isinstance(prompts, str) else prompts)
 
         async def answer(ids: list[int]) -> Generation:
             async with room:
@@ -262,8 +258,18 @@ class LLM:
         """Token ids of a text, or of a list of {"role", "content"} in the model's chat template."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, add_special_tokens=True)
-        text = self.tokenizer.apply_chat_template(prompt)
+        return self.encode_chat(self.tokenizer.apply_chat_template(prompt))
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Token ids of what the chat template made; without one, it is plain text."""
         return self.tokenizer.encode(text, add_special_tokens=not self.tokenizer.has_chat_template)
+
+    def _encode_all(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """All of them checked before one runs."""
+        encoded = [self.encode(prompt) for prompt in prompts]
+        for ids in encoded:
+            self.scheduler.check_prompt(ids)
+        return encoded
 
     def sampling_params(self, overrides: dict[str, Any]) -> SamplingParams:
         """The model's generation_config.json, `overrides` on top; ConfigError for an unknown or bad one."""

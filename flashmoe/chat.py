@@ -100,9 +100,7 @@ class Chat:
         anew need not give back: otherwise the KV cache of the last answer would be lost."""
         if self._text and prompt_text.startswith(self._text):
             return self._ids + self.llm.tokenizer.encode(prompt_text[len(self._text) :])
-        return self.llm.tokenizer.encode(
-            prompt_text, add_special_tokens=not self.llm.tokenizer.has_chat_template
-        )
+        return self.llm.encode_chat(prompt_text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,6 +169,7 @@ class Scheduler:
             try:
                 self._recover()
                 self._end_cancelled()
+                self.kv_pool.is_busy = any(running.is_decoding for running in self._running)
                 self._admit()
                 self._compute()
             finally:
@@ -288,7 +289,6 @@ class Scheduler:
     def _begin(self, waiting: Waiting) -> Running | None:
         """None if there is no room for it."""
         tokens = waiting.request.tokens
-        self.kv_pool.is_busy = any(running.is_decoding for running in self._running)
         kv_cache: Any = self.kv_pool.take(tokens)
         try:
             if not self.kv_pool.grow(kv_cache, len(tokens) + 1):
@@ -324,7 +324,6 @@ class Scheduler:
 
     def _make_room(self) -> None:
         """Room for a token more of each that decodes; the youngest gives way if there is none."""
-        self.kv_pool.is_busy = any(running.is_decoding for running in self._running)
         for running in list(self._running):
             while running in self._running and not self.kv_pool.grow(
                 running.kv_cache, len(running.request.tokens)
@@ -343,23 +342,22 @@ class Scheduler:
             self._waiting.appendleft(Waiting(running.request, running.recorder, has_run=True))
 
     def _end(self, running: Running, reason: str, error: Exception | None = None) -> None:
-        piece = running.request.end(reason, error)
-        if error is None:
-            self.totals.cancelled += 1
-        else:
-            self.totals.failed += 1
-        self._leave(running)
-        running.request.deliver(piece)
+        self._leave_early(running.request, lambda: self._leave(running), reason, error)
 
     def _refuse(self, waiting: Waiting, reason: str, error: Exception | None = None) -> None:
         """End one that does not run."""
-        piece = waiting.request.end(reason, error)
+        self._leave_early(waiting.request, waiting.recorder.finish, reason, error)
+
+    def _leave_early(
+        self, request: GenerationRequest, leave: Callable[[], None], reason: str, error: Exception | None
+    ) -> None:
+        piece = request.end(reason, error)
         if error is None:
             self.totals.cancelled += 1
         else:
             self.totals.failed += 1
-        waiting.recorder.finish()
-        waiting.request.deliver(piece)
+        leave()
+        request.deliver(piece)
 
     def _leave(self, running: Running) -> None:
         """Its figures are whole before its last piece goes out."""

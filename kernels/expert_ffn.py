@@ -26,17 +26,11 @@ class Routing:
     """
 
     def __init__(self, expert_ids: Tensor) -> None:
-        top_k, flat = expert_ids.shape[1], expert_ids.numpy().reshape(-1)
+        flat = expert_ids.numpy().reshape(-1)
         self._rows = np.argsort(flat, kind="stable").astype(np.int32)  # those of one expert side by side
         experts, first = np.unique(flat[self._rows], return_index=True)
         self._begin = np.append(first, len(flat)).astype(np.int32)  # where each expert's rows begin
         self._index = {expert: i for i, expert in enumerate(experts.tolist())}
-        self._last_token = (self._rows[self._begin[1:] - 1] // top_k).tolist()
-
-    @property
-    def experts(self) -> list[int]:
-        """The routed experts, each once, the one whose last token came earliest first."""
-        return sorted(self._index, key=lambda expert: (self._last_token[self._index[expert]], expert))
 
     def rows_of(self, experts: Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """(begin [n + 1], rows): the rows that each of n experts serves, one expert's behind the other's."""
