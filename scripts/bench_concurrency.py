@@ -62,6 +62,7 @@ class Chats:
     tokens: int = 0
     misses: int = 0
     stall_s: float = 0.0
+    read_s: float = 0.0  # with a read in flight
     bytes_read: int = 0
     answers: list[list[int]] = field(default_factory=list)
 
@@ -97,7 +98,8 @@ def run_chats(llm: LLM, prompts: list[list[int]], at_once: int, tokens: int) -> 
         result.answers += [r.tokens[r.prompt_tokens :] for r in requests]
     result.seconds = time.perf_counter() - begin
     spent = llm.expert_cache.counters - before
-    result.misses, result.stall_s, result.bytes_read = spent.misses, spent.stall_s, spent.bytes_read
+    result.misses, result.bytes_read = spent.misses, spent.bytes_read
+    result.stall_s, result.read_s = spent.stall_s, spent.read_s
     result.tokens = sum(map(len, result.answers))
     return result
 
@@ -105,8 +107,9 @@ def run_chats(llm: LLM, prompts: list[list[int]], at_once: int, tokens: int) -> 
 def show_round(r: Chats) -> None:
     print(f"  {r.at_once} at once: {r.tokens / r.seconds:.2f} tok/s in all"
           f" ({(r.tokens - len(r.answers)) / r.decode_s:.2f} without prompts),"
-          f" {r.bytes_read / r.tokens / 1e6:.0f} MB a token at {r.bytes_read / r.seconds / 1e6:.0f} MB/s,"
-          f" stall {r.stall_s / r.seconds:.0%}", flush=True)  # fmt: skip
+          f" {r.bytes_read / r.tokens / 1e6:.0f} MB a token; of the time {r.read_s / r.seconds:.0%} reading"
+          f" at {r.bytes_read / r.read_s / 1e6:.0f} MB/s, {r.stall_s / r.seconds:.0%} waiting for it",
+          flush=True)  # fmt: skip
 
 
 # ---- how even
