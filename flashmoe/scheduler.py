@@ -26,6 +26,7 @@ from flashmoe.errors import FlashMoEError, QueueFullError
 from flashmoe.generation import Constraint, GenerationRequest, Piece
 from flashmoe.kv_cache import KVPool, OneSequence, shared_prefix
 from flashmoe.prompt_lane import PromptLane
+from flashmoe.queue_pace import QueuePace
 from flashmoe.recorder import Recorder
 from flashmoe.sampler import SamplingParams
 from flashmoe.stats import GenerationStats
@@ -37,7 +38,7 @@ DEFAULT_QUEUE = 256
 WORTH_WAITING = 32
 # A prompt of few tokens, such as the next message of a chat, runs among the tokens that decode.
 SHORT_PROMPT = 16
-RETRY_AFTER_S = 2.0
+RETRY_AFTER_S = 2.0  # of one that shuts down: another may have taken its place by then
 IDLE_S = 2.0  # without work, before conversations are written to disk
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Scheduler:
         self.decoder, self.kv_pool, self.tokenizer = decoder, kv_pool, tokenizer
         self.most_running, self.most_waiting = most_running, most_waiting
         self.after_step: Callable[[], None] | None = None  # called in the computing thread
-        self.totals = Totals()
+        self.totals, self.pace = Totals(), QueuePace()
         self.step_began_s = self._step_ended_s = 0.0  # perf_counter, of the last step
         self._recorder = recorder
         self._lock = threading.RLock()  # of whoever computes
@@ -123,6 +124,18 @@ class Scheduler:
         the model does not know."""
         check_prompt(prompt, self.kv_pool.config.vocab_size, self.kv_pool.context)
 
+    def check_room(self) -> None:
+        """Raises QueueFullError when too many wait already; it says when those will have begun."""
+        with self._work:
+            if self._stopping:
+                raise QueueFullError("no new requests: it is shutting down", RETRY_AFTER_S)
+            waiting = len(self._waiting)
+            if waiting >= self.most_waiting:
+                raise QueueFullError(
+                    f"{waiting} requests wait already, which is the limit; try again later",
+                    self.pace.wait_s(waiting, len(self._running)),
+                )
+
     def submit(
         self, prompt: Sequence[int], params: SamplingParams, sink: Callable[[Piece], None],
         stats: GenerationStats | None = None, constraint: Constraint | None = None,
@@ -130,17 +143,11 @@ class Scheduler:
     ) -> GenerationRequest:  # fmt: skip
         """Queue a generation behind token ids. `cancelled` is asked now and then, before every layer mostly.
 
-        Raises what `check_prompt` raises, and QueueFullError when too many wait already.
+        Raises what `check_prompt` and `check_room` raise.
         """
         self.check_prompt(prompt)
         with self._work:
-            if self._stopping:
-                raise QueueFullError("no new requests: it is shutting down", RETRY_AFTER_S)
-            if len(self._waiting) >= self.most_waiting:
-                raise QueueFullError(
-                    f"{len(self._waiting)} requests wait already, which is the limit; try again later",
-                    RETRY_AFTER_S,
-                )
+            self.check_room()
             self._submitted += 1
             request = GenerationRequest(
                 self._submitted, prompt, params, self.tokenizer, self.kv_pool.config.vocab_size,
@@ -301,6 +308,8 @@ class Scheduler:
             self.kv_pool.keep(kv_cache)
             raise
         self._remove_waiting(waiting)
+        with self._work:
+            self.pace.begins(waiting.request.number)
         if not waiting.has_run:
             waiting.recorder.starts()
             stats = waiting.request.stats
@@ -346,6 +355,7 @@ class Scheduler:
 
     def _refuse(self, waiting: Waiting, reason: str, error: Exception | None = None) -> None:
         """End one that does not run."""
+        self._note_end(waiting.request)  # it may have run before
         self._leave_early(waiting.request, waiting.recorder.finish, reason, error)
 
     def _leave_early(
@@ -362,12 +372,17 @@ class Scheduler:
     def _leave(self, running: Running) -> None:
         """Its figures are whole before its last piece goes out."""
         self._running.remove(running)
+        self._note_end(running.request)
         try:
             if self._lane is None or not self._lane.leaves(running):
                 self.kv_pool.keep(running.kv_cache)
             running.recorder.finish()
         except Exception:  # its answer is there all the same
             logger.exception("a request's end failed")
+
+    def _note_end(self, request: GenerationRequest) -> None:
+        with self._work:
+            self.pace.ends(request.number)
 
     # Computing
 

@@ -16,6 +16,7 @@ from flashmoe.decoder import Decoder
 from flashmoe.errors import ContextError, ModelError, QueueFullError
 from flashmoe.generation import GenerationRequest, Piece
 from flashmoe.kv_cache import KVPool
+from flashmoe.queue_pace import UNKNOWN_S, QueuePace
 from flashmoe.recorder import Recorder
 from flashmoe.sampler import SamplingParams
 from flashmoe.scheduler import Scheduler
@@ -397,7 +398,7 @@ def test_too_many_too_long_and_unknown_are_refused_at_once(one: Path) -> None:
         bench.submit([5], 2)
     with pytest.raises(QueueFullError, match="2 requests wait already") as full:
         bench.submit([5], 2)
-    assert full.value.retry_after_s > 0
+    assert full.value.retry_after_s == UNKNOWN_S
     bench.run()
     with pytest.raises(ContextError, match=f"{CONTEXT + 1} tokens, the context holds {CONTEXT}"):
         bench.submit([5] * (CONTEXT + 1), 2)
@@ -405,6 +406,30 @@ def test_too_many_too_long_and_unknown_are_refused_at_once(one: Path) -> None:
         bench.submit([], 2)
     with pytest.raises(ModelError, match="id 99999"):
         bench.submit([99999], 2)
+    bench.close()
+
+
+def test_a_full_queue_says_when_those_that_wait_will_have_begun(one: Path) -> None:
+    """Whatever way they leave: done, or cancelled while they run or wait."""
+    now_s = [0.0]
+    bench = Bench(one, most_running=1, most_waiting=2)
+    bench.scheduler.pace = QueuePace(lambda: now_s[0])
+    first = bench.submit([5], 2)
+    bench.scheduler.step()
+    now_s[0] += 12
+    first.cancel()
+    bench.run()
+    second = bench.submit([6], 9)
+    bench.scheduler.step()
+    now_s[0] += 4
+    third, fourth = bench.submit([7], 2), bench.submit([8], 2)
+    with pytest.raises(QueueFullError) as full:
+        bench.submit([9], 2)
+    assert full.value.retry_after_s == 3 * 12.0
+    fourth.cancel()
+    bench.run()
+    assert second.is_finished and third.is_finished and fourth.is_finished
+    assert not bench.scheduler.pace._began and list(bench.scheduler.pace._took) == [12.0, 4.0, 0.0]
     bench.close()
 
 

@@ -10,7 +10,6 @@ from weakref import WeakSet
 import flashmoe
 from flashmoe.api import LLM
 from flashmoe.constraints import Grammars
-from flashmoe.errors import QueueFullError
 from flashmoe.sampler import SamplingParams
 from flashmoe.server.conversation_ids import ConversationIds
 from flashmoe.server.errors import ApiError
@@ -93,9 +92,7 @@ class Service:
     async def answer(self, make: Callable[[Opened], Sequence[Job]]) -> Answers:
         """Submit the jobs that `make` gives, in another thread."""
         opened = self.opened
-        scheduler = opened.llm.scheduler
-        if scheduler.waiting >= scheduler.most_waiting:  # before any work is done for it
-            raise QueueFullError(f"{scheduler.waiting} requests wait already; try again later", 5.0)
+        opened.llm.scheduler.check_room()  # before any work is done for it
         answers = Answers(self.metrics, self.limits.unread_pieces)
         self._answers.add(answers)
         try:
