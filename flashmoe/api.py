@@ -27,7 +27,7 @@ from flashmoe.config import PREDICTOR_NAMES, RunConfig
 from flashmoe.decoder import Decoder
 from flashmoe.errors import ConfigError, FlashMoEError
 from flashmoe.generation import Generation, GenerationRequest, Piece
-from flashmoe.kv_cache import KVPool, OneSequence
+from flashmoe.kv_cache import KVPool
 from flashmoe.learning import Learning
 from flashmoe.loader import load_engine, open_cache, open_model, open_prefetcher, plan_model, share_slots
 from flashmoe.model_source import Progress, find_model
@@ -82,7 +82,7 @@ class LLM:
         this machine and train the learned policy on it after `close`. `device`: "cpu", "cuda" or "auto"; on a
         GPU, `vram_budget` holds for all of its memory that this process uses, `cpu_experts` says whether the
         CPU computes what is in RAM only, `token_rounding` (lossy) makes prompts cheaper. `max_batch`: so many
-        generations run together, on the CPU and without `learn`; more wait. `session_cache`: a folder that
+        generations run together, one with `learn`; more wait. `session_cache`: a folder that
         keeps conversations' keys and values, at most `session_cache_size`, beyond the end of the process (on
         the CPU); its files hold what was said. `on_plan` is called once with
         what the budget buys, before anything is allocated; `progress(what, done, total)` while the model is
@@ -119,15 +119,15 @@ class LLM:
             self.engine.decoder.observer = self.learning
         self._closed = False
         decoder = self.engine.decoder
+        plan = self.plan
         if isinstance(decoder, Decoder):
-            self.kv_pool: KVPool | OneSequence = KVPool(
-                self.config, self.plan.context, self.plan.kv_tokens, self._open_sessions()
-            )
-            one_at_a_time = learn  # what is recorded is one conversation's routing
+            self.kv_pool = KVPool(self.config, plan.context, plan.kv_tokens, self._open_sessions())
         else:
-            self.kv_pool, one_at_a_time = OneSequence(self.config, decoder.kv_cache), True
+            self.kv_pool = KVPool(self.config, plan.context, plan.kv_tokens, None, decoder.new_sequence)
+            decoder.make_room = self.kv_pool.drop_oldest
+        # What is recorded for training is one conversation's routing.
         self.scheduler = Scheduler(
-            decoder, self.kv_pool, self.tokenizer, self._record, 1 if one_at_a_time else max_batch
+            decoder, self.kv_pool, self.tokenizer, self._record, 1 if learn else max_batch
         )
         self._open_background()
 

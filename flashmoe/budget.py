@@ -95,16 +95,11 @@ class BudgetPlan:
         return [
             process,
             ("dense weights", format_bytes(self.dense_bytes), "attention, router, embeddings"),
-            ("KV cache", format_bytes(self.kv_cache_bytes), self._kv_text()),
+            ("KV cache", format_bytes(self.kv_cache_bytes), kv_text(self.context, self.kv_tokens, "fp32")),
             ("workspace", workspace, f"prefill, {min(PREFILL_CHUNK, self.context)} tokens at a time"),
             slots,
             planned,
         ]
-
-    def _kv_text(self) -> str:
-        if self.kv_tokens == self.context:
-            return f"context of {self.context} tokens, fp32"
-        return f"{self.kv_tokens} tokens in all, {self.context} a conversation, fp32"
 
     def as_dict(self) -> Mapping[str, Any]:
         """For programs: every field, and the two sums."""
@@ -171,6 +166,13 @@ def plan_budget(
         token_cycle_experts=config.num_moe_layers * config.num_experts_per_tok,
         warnings=tuple(_warnings(config, sizes, budget_bytes, context)),
     )
+
+
+def kv_text(context: int, tokens: int, kind: str) -> str:
+    """What a KV cache of so many tokens holds, for people."""
+    if tokens == context:
+        return f"context of {context} tokens, {kind}"
+    return f"{tokens} tokens in all, {context} a conversation, {kind}"
 
 
 def advised_budget(nbytes: int) -> str:

@@ -45,7 +45,7 @@ class RoutingObserver(Protocol):
 class Stretch(NamedTuple):
     """New tokens of one sequence."""
 
-    kv_cache: Any  # a KVCache; on a GPU the one there is
+    kv_cache: Any  # a KVCache, or on a GPU a GpuKVCache
     tokens: list[int]
 
 
@@ -91,6 +91,8 @@ class Decoder:
     wants to see what experts are given puts a subclass of ExpertFFN in `expert_ffn`; whoever wants to see the
     routing, an `observer`.
     """
+
+    runs_prompts_together = True  # a chunk may hold tokens of several, and gives each what it gets alone
 
     def __init__(
         self,

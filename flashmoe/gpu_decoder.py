@@ -1,20 +1,24 @@
-"""The decoder on a GPU, for one sequence: `Decoder`'s counterpart, with experts in VRAM slots.
+"""The decoder on a GPU: `Decoder`'s counterpart, with experts in VRAM slots.
 
-A chunk of a prompt runs through torch's products layer by layer. One token is a chain of CUDA graphs, cut
-behind each layer's router. If every expert has a slot, the chain is one graph and the host is not in the way.
-So it is if the GPU can read experts in place, in pinned RAM: what it lacks then is on the drive. The router
-leaves a flag where that happens; the host has the drive read, and launches what follows that layer again.
+A chunk of a prompt runs through torch's products layer by layer. A step, one token of each of up to MOST_ROWS
+sequences, is a chain of CUDA graphs, cut behind each layer's router. If every expert has a slot, the chain is
+one graph and the host is not in the way. So it is if the GPU can read experts in place, in pinned RAM: what
+it lacks then is on the drive. The router leaves a flag where that happens; the host has the drive read, and
+launches what follows that layer again.
 
 Where experts cannot be read in place (a checkpoint's own bytes are not aligned), or the CPU is to compute
 those in RAM, the host reads what each layer was routed to: if all of it is in VRAM it launches what follows
 and does its bookkeeping meanwhile; if not, it launches those that are there, fetches the others and launches
-the rest. Axis letters: T tokens, D hidden, E experts, K experts per token, V vocabulary.
+the rest. Of several sequences a layer that lacks an expert is served as a chunk's is: experts come in groups.
+
+What a sequence's tokens give depends on no other sequence: every row of a step has the bits that it has
+alone, and chunks run one by one. Axis letters: T tokens, B rows, D hidden, E experts, K experts per token,
+V vocabulary.
 """
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,12 +28,11 @@ from cache_policies.replay import serving_order
 from flashmoe.budget import PREFILL_CHUNK
 from flashmoe.decoder import RoutingObserver, Stretch
 from flashmoe.errors import GpuError
-from flashmoe.gpu_attention import GpuKVCache, bucket_for
-from flashmoe.gpu_graphs import Graph, GraphPool, gpu_seconds
+from flashmoe.gpu_attention import bucket_for
+from flashmoe.gpu_graphs import GraphPool, gpu_seconds
+from flashmoe.gpu_kv_cache import GpuKVCache
 from flashmoe.gpu_model import (
-    NO_MISS,
     GpuModel,
-    OneToken,
     chunk_attention,
     chunk_logits,
     chunk_network,
@@ -37,23 +40,29 @@ from flashmoe.gpu_model import (
     embed,
     rms_norm,
 )
+from flashmoe.gpu_steps import StepExperts, Steps
+from flashmoe.kv_cache import BLOCK
 from flashmoe.prefetch import PrefetchSwitch
 from flashmoe.vram_cache import MissEvent, VramCache
 from kernels.expert_ffn import Addresses, ExpertFFN
 from kernels.expert_slots import BITS
-from kernels.triton_decode import ExpertDecode
+from kernels.triton_decode import MOST_TOKENS, ExpertDecode
 from kernels.triton_moe import ExpertPrefill
 from kernels.triton_tiles import round_to_int8
 
+MOST_ROWS = MOST_TOKENS  # of a step; more sequences take several
+LINEAR_ROWS = 4  # steps of so many rows, or fewer, need all kernels there are
 WARM_UP_TOKENS = (1, 5, PREFILL_CHUNK)  # prompts that take different kernels or tiles
-# Whole tokens are launched at once while fewer than this share of them lack an expert: a miss wastes half a
-# token's computing, which is about three times what waiting for every router costs.
+# Whole steps are launched at once while fewer than this share of them lack an expert: a miss wastes half a
+# step's computing, which is about three times what waiting for every router costs.
 RARE_MISSES, NEWEST = 0.3, 0.1
 
 
 class GpuDecoder:
-    """Appends tokens to the KV cache and returns logits on the CPU. `check` is called before a token, and
-    before every layer of a chunk."""
+    """Appends tokens to KV caches and returns logits on the CPU. `check` is called before a step, and before
+    every layer of a chunk. `kv_cache` is a sequence of its own."""
+
+    runs_prompts_together = False  # a chunk's bits would depend on it
 
     def __init__(
         self,
@@ -66,33 +75,24 @@ class GpuDecoder:
         host_experts: ExpertFFN | None = None,
         prefetcher: PrefetchSwitch | None = None,
         ram_arena: Tensor | None = None,
+        most_rows: int = 1,
     ) -> None:
         """`arena` [slots, slot bytes] uint8 on the GPU; `table` [L, E] int32 is `cache`'s own, pinned.
-        `ram_arena` likewise in RAM, where experts are read in place."""
+        `ram_arena` likewise in RAM, where experts are read in place. `most_rows`: that a step has."""
+        assert most_rows <= MOST_ROWS
         self.config, self.model, self.experts = model.config, model, cache
         self.observer: RoutingObserver | None = None
         self.prefetcher = prefetcher
+        self.kv_cache = model.pages.lender = GpuKVCache(model.pages)
+        self.make_room: Callable[[], None] | None = None  # for it: has others give pages up
         self._decode, self._prefill, self.arena, self.table = decode, prefill, arena, table
-        self._host_experts, self.ram_arena = host_experts, ram_arena
-        self._one = one = OneToken(model)
-        self._steps = _Steps(self)
-        pin = model.device.type == "cuda"
-        self._token = torch.zeros(1, dtype=torch.int64, pin_memory=pin)
-        self._position = torch.zeros(1, dtype=torch.int32, pin_memory=pin)
-        self._routing = torch.zeros(one.routing.shape, pin_memory=pin)
-        self._h = torch.zeros(1, self.config.hidden_size, pin_memory=pin)
-        self._missed = torch.zeros(1, dtype=torch.int32, pin_memory=pin)
-        self._logits = torch.zeros(1, self.config.vocab_size, pin_memory=pin)
-        self._late_slots = torch.zeros(1, self.config.num_experts_per_tok, dtype=torch.int32, pin_memory=pin)
-        self._late = torch.zeros_like(self._late_slots, device=model.device)
-        self._guessed = torch.zeros(one.guessed.shape, dtype=torch.int32, pin_memory=pin)
-        self._probabilities, self._weights, self._ids = one.routing_parts(self._routing)
-        self._scores = self._probabilities.numpy()
-        self._guessing = False  # in the token under way
+        self._host_experts, self.ram_arena, self._most_rows = host_experts, ram_arena, most_rows
+        self._graphs = GraphPool(model.device)
+        self._open_steps()
+        self._guessing = False  # in the step under way
         self._rounds = decode.format in BITS and not model.exact  # what experts see of a prompt, to int8
-        self._misses = 1.0  # the share of recent tokens that lacked an expert
-        self._unreported: _TokenRouting | None = None
-        self._routed = torch.cuda.Event() if pin else None  # type: ignore[no-untyped-call]
+        self._misses = 1.0  # the share of recent steps that lacked an expert
+        self._unreported: _StepRouting | None = None
 
     def use_cache(
         self, cache: VramCache, prefetcher: PrefetchSwitch | None, ram_arena: Tensor | None
@@ -100,48 +100,84 @@ class GpuDecoder:
         """Go on with another cache, over the same arena and table."""
         self.experts, self.prefetcher, self.ram_arena = cache, prefetcher, ram_arena
         self._misses, self._unreported = 1.0, None
-        self._steps.close()
-        self._steps = _Steps(self)  # graphs hold the address of the RAM slots before
+        self._open_steps()  # graphs hold the address of the RAM slots before
 
-    @property
-    def kv_cache(self) -> GpuKVCache:
-        """Which tokens are valid, and how many there may be."""
-        return self.model.kv_cache
+    def _open_steps(self) -> None:
+        self._step_experts = StepExperts(
+            self._decode, self.arena, self.table, self.ram_arena, self._host_experts is not None
+        )
+        self._largest = Steps(self.model, self._step_experts, self._graphs, self._most_rows)
+        self._steps = {self._most_rows: self._largest}
+
+    def _steps_of(self, rows: int) -> Steps:
+        if rows not in self._steps:
+            self._steps[rows] = Steps(self.model, self._step_experts, self._graphs, rows, self._largest)
+        return self._steps[rows]
+
+    def new_sequence(self) -> GpuKVCache:
+        """Another one; it has no memory yet."""
+        return GpuKVCache(self.model.pages)
+
+    def _claim(self, length: int) -> None:
+        """Memory for its own sequence."""
+        lacking = -(-length // BLOCK) - len(self.kv_cache.pages)
+        while lacking > self.model.pages.free and self.make_room is not None:
+            self.make_room()
+        self.kv_cache.claim(length)
 
     @torch.inference_mode()
     def forward(
         self, token_ids: Sequence[int], all_logits: bool = False, check: Callable[[], None] | None = None
     ) -> Tensor:
-        """Run T tokens behind those in the KV cache -> logits [V] of the last one, or [T, V] with
+        """Run T tokens behind those in its own KV cache -> logits [V] of the last one, or [T, V] with
         `all_logits`. Those of one token alone are valid until the next call.
 
         The KV cache counts the tokens only when every layer has run: an exception leaves it as it was.
         """
-        tokens = len(token_ids)
-        assert self.kv_cache.length + tokens <= self.kv_cache.context, "more tokens than the context holds"
+        tokens = list(token_ids)
+        self._claim(self.kv_cache.length + len(tokens))
+        if len(tokens) == 1 and not all_logits:
+            return self._step([Stretch(self.kv_cache, tokens)], check)[0]
+        return self._chunk(Stretch(self.kv_cache, tokens), all_logits, check)
+
+    @torch.inference_mode()
+    def forward_batch(
+        self, batch: Sequence[Stretch], check: Callable[[], None] | None = None
+    ) -> Tensor:
+        """Run new tokens of B sequences, for which they have memory -> logits [B, V] of each one's last.
+
+        Sequences of several tokens run one by one, then the others together. A KV cache counts its tokens
+        when every layer has run for them.
+        """
+        if len(batch) <= self._most_rows and all(len(stretch.tokens) == 1 for stretch in batch):
+            return self._step(batch, check)
+        logits = torch.empty(len(batch), self.config.vocab_size)
+        single = [i for i, stretch in enumerate(batch) if len(stretch.tokens) == 1]
+        for i, stretch in enumerate(batch):
+            if i not in single:
+                logits[i] = self._chunk(stretch, False, check)
+        for begin in range(0, len(single), self._most_rows):
+            rows = single[begin : begin + self._most_rows]
+            logits[rows] = self._step([batch[i] for i in rows], check)
+        return logits
+
+    @contextmanager
+    def _pass(self, batch: Sequence[Stretch], check: Callable[[], None] | None) -> Iterator[None]:
+        """What a chunk and a step have around them."""
+        token_ids = [token for stretch in batch for token in stretch.tokens]
+        for kv_cache, tokens in batch:
+            assert kv_cache.length + len(tokens) <= kv_cache.context, "more tokens than the context holds"
+        if check is not None:
+            check()
         watchers = [w for w in (self.observer, self.prefetcher) if w is not None]
         for watcher in watchers:
             watcher.forward_begins(token_ids)
         with out_of_memory_named(), self._idle_after_errors():
-            if tokens == 1 and not all_logits:
-                if check is not None:
-                    check()
-                logits = self._one_token(token_ids[0])
-            else:
-                self._report()
-                logits = self._chunk(token_ids, all_logits, check)
+            yield
         for watcher in watchers:
             watcher.forward_ends()
-        self.kv_cache.append(list(token_ids))
-        return logits
-
-    def forward_batch(
-        self, batch: Sequence[Stretch], check: Callable[[], None] | None = None
-    ) -> Tensor:
-        """New tokens of its one sequence -> logits [1, V]."""
-        ((kv_cache, tokens),) = batch
-        assert kv_cache is self.kv_cache, "on a GPU there is one sequence"
-        return self.forward(tokens, check=check)[None]
+        for kv_cache, tokens in batch:
+            kv_cache.append(tokens)
 
     def settle(self) -> None:
         """Tell the policies, and the counters, what they have not been told yet: a token's routing is
@@ -150,8 +186,8 @@ class GpuDecoder:
 
     def close(self) -> None:
         """Give the GPU's memory back; of no use afterwards."""
-        self._steps.close()
-        del self.arena, self.model, self._one, self._decode, self._prefill
+        self._steps.clear()
+        del self.arena, self.model, self._decode, self._prefill, self._largest, self._step_experts
 
     @contextmanager
     def _idle_after_errors(self) -> Iterator[None]:
@@ -169,201 +205,241 @@ class GpuDecoder:
         Any slot stands in for an expert that is not; what comes out is of no use, and nothing remembers it.
         """
         position = min(self.kv_cache.length, self.kv_cache.context - 1)
-        bucket = bucket_for(position + 1, self.kv_cache.context)
-        self._steps.prepare(bucket, True, False)
+        self._claim(position + 1)
+        bucket, steps, table = bucket_for(position + 1, self.kv_cache.context), self._steps_of(1), self.table
+        steps.begin([Stretch(_At(position, self.kv_cache.pages), [0])])
+        steps.prepare(bucket, True, False, False, False)
+        place = self.kv_cache.rows(position + 1)[-1]
         layers = range(self.config.num_hidden_layers)
-        rows = [tensor[position] for layer in layers for tensor in self.kv_cache.tensors(layer)]
-        keys_and_values, table = [row.clone() for row in rows], self.table.clone()
-        self._position[0] = position
+        pages = [tensor for layer in layers for tensor in self.model.pages.tensors(layer)]
+        rows = [tensor.view(-1, *tensor.shape[2:])[place] for tensor in pages]
+        keys_and_values, slots = [row.clone() for row in rows], table.clone()
         try:
-            self.table.copy_(torch.arange(table.numel(), dtype=torch.int32).view_as(table) % len(self.arena))
-            whole = self._steps.whole(bucket)
+            table.copy_(torch.arange(table.numel(), dtype=torch.int32).view_as(table) % len(self.arena))
+            whole = steps.whole(bucket)
             return statistics.median(gpu_seconds(whole.launch) for _ in range(repeat))
         finally:
-            self.table.copy_(table)
+            table.copy_(slots)
             for row, kept in zip(rows, keys_and_values, strict=True):
                 row.copy_(kept)
 
     def warm_up(self) -> None:
         """Compile and load every kernel that a chat needs, and capture the graphs of its first tokens."""
         nobody = torch.full((self.config.num_experts,), -1, dtype=torch.int32, device=self.model.device)
+        self._claim(min(PREFILL_CHUNK, self.kv_cache.context))
         for tokens in (min(n, self.kv_cache.context) for n in WARM_UP_TOKENS):
             x = embed(self.model, torch.zeros(tokens, dtype=torch.int64, device=self.model.device))
             layer = self.model.moe_layers[0]
-            chunk_attention(self.model, layer, x)
+            chunk_attention(self.model, layer, x, self.kv_cache.rows(tokens))
             h, _, weights, ids = chunk_router(self.model, layer, x)
             self._prefill.run(h, ids, nobody, self.arena, weights)
             self._prefill.combine(weights, torch.zeros_like(x))
-        guessing = self.prefetcher is not None
-        at_once = self.experts.is_complete or self.experts.in_place
-        self._steps.prepare(bucket_for(1, self.kv_cache.context), at_once, guessing)
-        if guessing:
-            self._steps.prepare(bucket_for(1, self.kv_cache.context), False, False)
+        bucket, layered = bucket_for(1, self.kv_cache.context), not self._at_once(False)
+        # Where a step is many graphs, those of more rows can wait; not the kernels, which take seconds each.
+        for rows in range(1, min(self._most_rows, LINEAR_ROWS if layered else MOST_ROWS) + 1):
+            self._prepare(self._steps_of(rows), bucket, False)
+        if self.prefetcher is not None:
+            self._prepare(self._steps_of(1), bucket, True)
+        self.kv_cache.give_back(0)
 
-    # One token
+    # A token of each of several sequences
 
-    def _one_token(self, token: int) -> Tensor:
-        position = self.kv_cache.length
-        bucket = bucket_for(position + 1, self.kv_cache.context)
-        self._token[0], self._position[0] = token, position
-        in_place = self.experts.in_place
-        at_once = self.experts.is_complete or in_place or self._misses < RARE_MISSES
-        self._guessing = not at_once and self.prefetcher is not None and self.prefetcher.is_on
-        self._steps.prepare(bucket, at_once, self._guessing)
-        if at_once:
+    def _step(self, batch: Sequence[Stretch], check: Callable[[], None] | None) -> Tensor:
+        """-> logits [B, V], valid until the next step."""
+        steps = self._steps_of(len(batch))
+        with self._pass(batch, check):
+            longest = max(kv_cache.length for kv_cache, _ in batch) + 1
+            self._run_step(steps, bucket_for(longest, self.kv_cache.context), batch)
+        return steps.logits
+
+    def _at_once(self, guessing: bool) -> bool:
+        """Whether a step is launched whole."""
+        cache = self.experts
+        return cache.is_complete or cache.in_place or (self._misses < RARE_MISSES and not guessing)
+
+    def _prepare(self, steps: Steps, bucket: int, guessing: bool) -> bool:
+        """Capture what a step may need -> `_at_once`."""
+        cache, at_once = self.experts, self._at_once(guessing)
+        layered = not (cache.is_complete or cache.in_place)
+        steps.prepare(bucket, at_once, layered, cache.in_place and cache.needs_drive, guessing)
+        return at_once
+
+    def _run_step(self, steps: Steps, bucket: int, batch: Sequence[Stretch]) -> None:
+        tokens = [stretch.tokens[0] for stretch in batch]
+        steps.begin(batch)
+        in_place, guessing = self.experts.in_place, False
+        if self._misses >= RARE_MISSES and self.prefetcher is not None and steps.rows == 1:
+            guessing = self.prefetcher.is_on and not (self.experts.is_complete or in_place)
+        self._guessing = guessing
+        if self._prepare(steps, bucket, guessing):
             self.experts.commit()
-            self._steps.whole(bucket).launch()
-            self._mark()
-            self._report()  # of the token before, while this one is computed
+            steps.whole(bucket).launch()
+            steps.mark()
+            self._report()  # of the step before, while this one is computed
             self.experts.promote()
-            self._wait()
-            first = self._first_missed()
+            steps.wait()
+            first = steps.first_missed()
             missed = first < len(self.model.moe_layers)
-            self._note(token, 0, first)
+            self._note(steps, tokens, 0, first)
             if missed and in_place:
-                self._rest_at_once(bucket, first, token)
+                self._rest_at_once(steps, bucket, first, tokens)
             elif missed:
                 self._report()
-                self._one.x.copy_(self._one.saved_x[first])
-                self._layer_by_layer(bucket, first, token)
+                steps.again_from(first)
+                self._layer_by_layer(steps, bucket, first, tokens)
         else:
             self._report()
-            self._steps.segment(bucket, 0, self._guessing).launch()
-            self._mark()
-            missed = self._layer_by_layer(bucket, 0, token)
+            steps.segment(bucket, 0, guessing).launch()
+            steps.mark()
+            missed = self._layer_by_layer(steps, bucket, 0, tokens)
         if not self.experts.is_complete:
             self._misses += NEWEST * (missed - self._misses)
-        return self._logits[0]
 
-    def _first_missed(self) -> int:
-        """Of what was launched last the first layer with experts that lacked one; or how many there are."""
-        return min(int(self._missed[0]), len(self.model.moe_layers))
-
-    def _rest_at_once(self, bucket: int, missed: int, token: int) -> None:
-        """The rest of a token that was launched whole, from layer `missed` on, which lacks an expert: when
+    def _rest_at_once(self, steps: Steps, bucket: int, missed: int, tokens: list[int]) -> None:
+        """The rest of a step that was launched whole, from layer `missed` on, which lacks an expert: when
         the drive has brought it, all that follows is launched again."""
         layers = self.model.moe_layers
         while missed < len(layers):
             self._report()
-            ids = self._ids[missed].tolist()
-            event = self.experts.fetch(
-                layers[missed], ids, self._weights[missed].tolist(), self._scores[missed], token
-            )
-            event.late()
-            self._late_slots[0] = self.table[missed, ids]
-            self._steps.late(missed).launch()
-            self._steps.rest(bucket, missed).launch()
-            self._mark()
-            event.settle()
-            self._observe(range(missed, missed + 1))
-            self._wait()
-            begin, missed = missed + 1, self._first_missed()
-            self._note(token, begin, missed)
+            event = None
+            if steps.rows == 1:
+                ids, weights = steps.ids[missed, 0].tolist(), steps.weights[missed, 0].tolist()
+                event = self.experts.fetch(layers[missed], ids, weights, steps.scores[missed, 0], tokens[0])
+                event.late()
+                steps.late_slots[0] = self.table[missed, ids]
+                steps.late(missed).launch()
+            else:
+                self._serve_together(steps, missed, tokens)
+            steps.rest(bucket, missed).launch()
+            steps.mark()
+            if event is not None:
+                event.settle()
+            self._observe(steps, range(missed, missed + 1))
+            steps.wait()
+            begin, missed = missed + 1, steps.first_missed()
+            self._note(steps, tokens, begin, missed)
 
-    def _layer_by_layer(self, bucket: int, first: int, token: int) -> bool:
-        """The rest of a token whose layer `first` is routed, or being routed. Whether an expert was missing.
+    def _layer_by_layer(self, steps: Steps, bucket: int, first: int, tokens: list[int]) -> bool:
+        """The rest of a step whose layer `first` is routed, or being routed. Whether an expert was missing.
         Waits for the logits."""
         missed = False
         for ordinal in range(first, len(self.model.moe_layers)):
             layer = self.model.moe_layers[ordinal]
-            self._wait()
-            ids = self._ids[ordinal].tolist()
-            here = self.experts.all_resident(layer, ids)
+            steps.wait()
+            ids, event = steps.ids[ordinal].tolist(), None
+            here = all(self.experts.all_resident(layer, of_row) for of_row in ids)
             if here:
-                self._steps.run(ordinal).launch()
-                self._steps.segment(bucket, ordinal + 1, self._guessing).launch()
-                self._mark()
-            weights, scores = self._weights[ordinal].tolist(), self._scores[ordinal]
-            if here:
-                self.experts.hit_event(layer, ids, weights, scores, token)
+                steps.run(ordinal).launch()
+            elif steps.rows == 1:
+                event = self._fetch(steps, ordinal, tokens[0])
             else:
-                missed = True
-                event = self._fetch(ordinal, ids, weights, scores, token)
-                self._steps.segment(bucket, ordinal + 1, self._guessing).launch()
-                self._mark()
+                self._serve_together(steps, ordinal, tokens)
+            steps.segment(bucket, ordinal + 1, self._guessing).launch()
+            steps.mark()
+            if here:
+                for row, token in enumerate(tokens):
+                    weights, scores = steps.weights[ordinal, row].tolist(), steps.scores[ordinal, row]
+                    self.experts.hit_event(layer, ids[row], weights, scores, token)
+            elif event is not None:
                 event.settle()  # the policies, while the GPU computes
+            missed |= not here
             if self._guessing and ordinal + 1 < len(self.model.moe_layers):
                 assert self.prefetcher is not None
-                after, guessed = self.model.moe_layers[ordinal + 1], self._guessed[ordinal + 1, 0].tolist()
+                after, guessed = self.model.moe_layers[ordinal + 1], steps.guessed[ordinal + 1, 0].tolist()
                 self.experts.prefetch([(after, expert) for expert in guessed], self.prefetcher.at_most)
-            self._observe(range(ordinal, ordinal + 1))
-        self._wait()
+            self._observe(steps, range(ordinal, ordinal + 1))
+        steps.wait()
         return missed
 
-    def _fetch(
-        self, ordinal: int, ids: list[int], weights: list[float], scores: Sequence[float], token: int
-    ) -> MissEvent:
-        """A layer's experts, of which some are not in VRAM: launches the products of all of them.
+    def _fetch(self, steps: Steps, ordinal: int, token: int) -> MissEvent:
+        """One token's experts of a layer, of which some are not in VRAM: launches the products of all.
 
         The next router may read the table before this event is settled, and find an expert that then leaves.
         It is missing for the host all the same: its product is computed again, from where it comes to.
         """
-        self._steps.run(ordinal).launch()  # those that are there; the others' slots are -1
-        event = self.experts.fetch(self.model.moe_layers[ordinal], ids, weights, scores, token)
+        ids, weights = steps.ids[ordinal, 0].tolist(), steps.weights[ordinal, 0].tolist()
+        steps.run(ordinal).launch()  # those that are there; the others' slots are -1
+        event = self.experts.fetch(
+            self.model.moe_layers[ordinal], ids, weights, steps.scores[ordinal, 0], token
+        )
         if event.cpu:
-            self._compute_on_cpu(event.cpu)
-        self._late_slots.fill_(-1)
+            self._compute_on_cpu(steps, event.cpu)
+        steps.late_slots.fill_(-1)
         for place, slot in event.late():
-            self._late_slots[0, place] = slot
-        self._steps.late(ordinal).launch()
+            steps.late_slots[0, place] = slot
+        steps.late(ordinal).launch()
         return event
 
-    def _compute_on_cpu(self, experts: Sequence[tuple[int, Addresses]]) -> None:
+    def _compute_on_cpu(self, steps: Steps, experts: Sequence[tuple[int, Addresses]]) -> None:
         ffn = self._host_experts
         assert ffn is not None
-        ffn.begin(self._h)
+        ffn.begin(steps.h)
         ffn.add_to_one_token(experts)
         for place, _ in experts:
             self._decode.products[place].copy_(ffn.products[place], non_blocking=True)
 
-    def _note(self, token: int, begin: int, end: int) -> None:
-        """Layers `begin` to `end` (of those with experts) of a token launched whole had all experts: tell the
-        observer, and the policy while the next token is computed."""
-        self._observe(range(begin, end))
-        if self.experts.is_complete:
-            self.experts.counters.hits += (end - begin) * self.config.num_experts_per_tok
-        else:
-            self._unreported = _TokenRouting(token, begin, self._routing[begin:end].clone())
+    def _serve_together(self, steps: Steps, ordinal: int, tokens: list[int]) -> None:
+        """A layer of several sequences' tokens, of whose experts some are not in VRAM: launches the products
+        of all, group by group as they come."""
+        layer, ids = self.model.moe_layers[ordinal], steps.ids[ordinal]
+        routed, weights = ids.tolist(), steps.weights[ordinal].tolist()
+        self.experts.observe(layer, routed, weights, steps.scores[ordinal], tokens)
+        for group in self.experts.stream(layer, serving_order(ids.numpy())):
+            slots = self._table_of(group)[ids.long()]
+            steps.run_slots(ordinal, slots.to(self.model.device, non_blocking=True))
 
-    def _observe(self, ordinals: range) -> None:
+    def _table_of(self, group: Sequence[tuple[int, int]]) -> Tensor:
+        """int32 [E]: the slots of some experts, of all others -1."""
+        table = torch.full((self.config.num_experts,), -1, dtype=torch.int32)
+        for expert, slot in group:
+            table[expert] = slot
+        return table
+
+    def _note(self, steps: Steps, tokens: list[int], begin: int, end: int) -> None:
+        """Layers `begin` to `end` (of those with experts) of a step launched whole had all experts: tell the
+        observer, and the policy while the next step is computed."""
+        self._observe(steps, range(begin, end))
+        if self.experts.is_complete:
+            self.experts.counters.hits += (end - begin) * self.config.num_experts_per_tok * len(tokens)
+        else:
+            self._unreported = _StepRouting(steps, tokens, begin, steps.routing(begin, end))
+
+    def _observe(self, steps: Steps, ordinals: range) -> None:
         if self.observer is None:
             return
         for ordinal in ordinals:
-            rows, layer = slice(ordinal, ordinal + 1), self.model.moe_layers[ordinal]
-            self.observer.routed(layer, self._ids[rows], self._weights[rows], self._probabilities[rows])
+            layer, parts = self.model.moe_layers[ordinal], (steps.ids, steps.weights, steps.probabilities)
+            self.observer.routed(layer, *(part[ordinal] for part in parts))
 
     def _report(self) -> None:
-        """Tell the policy what an earlier token was routed to."""
+        """Tell the policy what an earlier step was routed to."""
         if self._unreported is None:
             return
-        token, self._unreported = self._unreported, None
-        probabilities, weights, ids = self._one.routing_parts(token.routing)
-        layers = self.model.moe_layers[token.begin : token.begin + len(token.routing)]
-        scores: Sequence[Sequence[float]] = probabilities.tolist()
-        self.experts.hit_events(token.token, layers, ids.tolist(), weights.tolist(), scores)
-
-    def _mark(self) -> None:
-        if self._routed is not None:
-            self._routed.record()
-
-    def _wait(self) -> None:
-        """Until the GPU has done what was marked last."""
-        if self._routed is not None:
-            self._routed.synchronize()
+        (steps, tokens, begin, routing), self._unreported = self._unreported, None
+        probabilities, weights, ids = steps.parts_of(routing)
+        layers = self.model.moe_layers[begin : begin + len(routing)]
+        for row, token in enumerate(tokens):
+            scores: Sequence[Sequence[float]] = probabilities[:, row].tolist()
+            self.experts.hit_events(token, layers, ids[:, row].tolist(), weights[:, row].tolist(), scores)
 
     # A chunk of a prompt
 
-    def _chunk(
-        self, token_ids: Sequence[int], all_logits: bool, check: Callable[[], None] | None
-    ) -> Tensor:
-        model = self.model
+    def _chunk(self, stretch: Stretch, all_logits: bool, check: Callable[[], None] | None) -> Tensor:
+        """-> logits [V] of the last token, or of all: [T, V]"""
+        with self._pass([stretch], check):
+            self._report()
+            return self._run_chunk(stretch, all_logits, check)
+
+    def _run_chunk(self, stretch: Stretch, all_logits: bool, check: Callable[[], None] | None) -> Tensor:
+        model, (kv_cache, token_ids), last = self.model, stretch, self._steps_of(1).on_gpu
         x = embed(model, torch.tensor(token_ids, device=model.device))
+        places = kv_cache.rows(kv_cache.length + len(token_ids))
         distinct = torch.zeros(self.config.num_experts, device=model.device)
         ordinal = 0
         for index in range(self.config.num_hidden_layers):
             if check is not None:
                 check()
-            chunk_attention(model, index, x)
+            chunk_attention(model, index, x, places)
             if not self.config.moe_layers[index]:
                 norm = model.layers[index].weights.post_attention_norm
                 chunk_network(model, index, rms_norm(model, x, norm), x)
@@ -373,8 +449,8 @@ class GpuDecoder:
                 self.observer.routed(index, ids.cpu(), weights.cpu(), probabilities.cpu())
             seen = round_to_int8(h) if self._rounds else h
             if self.experts.is_complete:
-                self._one.table[ordinal].copy_(self.table[ordinal], non_blocking=True)
-                self._prefill.run(seen, ids, self._one.table[ordinal], self.arena, weights)
+                last.table[ordinal].copy_(self.table[ordinal], non_blocking=True)
+                self._prefill.run(seen, ids, last.table[ordinal], self.arena, weights)
                 distinct += torch.zeros_like(distinct).scatter_(0, ids.view(-1).long(), 1.0)
             else:
                 self._stream(index, seen, ids, weights, probabilities, token_ids)
@@ -384,9 +460,9 @@ class GpuDecoder:
         if all_logits:
             logits = chunk_logits(model, x).cpu()
         else:
-            self._one.x.copy_(x[-1:])
-            self._one.output()
-            logits = self._one.logits[0].cpu()
+            last.x.copy_(x[-1:])
+            last.output()
+            logits = last.logits[0].cpu()
         self.experts.counters.hits += int(distinct.sum())
         return logits
 
@@ -400,10 +476,8 @@ class GpuDecoder:
             index, on_host.tolist(), weights.cpu().tolist(), probabilities.cpu().numpy(), token_ids
         )
         for group in self.experts.stream(index, serving_order(on_host.numpy())):
-            table = torch.full((self.config.num_experts,), -1, dtype=torch.int32)
-            for expert, slot in group:
-                table[expert] = slot
-            self._prefill.run(h, ids, table.to(h.device, non_blocking=True), self.arena, weights)
+            table = self._table_of(group).to(h.device, non_blocking=True)
+            self._prefill.run(h, ids, table, self.arena, weights)
 
 
 @contextmanager
@@ -418,137 +492,17 @@ def out_of_memory_named() -> Iterator[None]:
         ) from error
 
 
-class _TokenRouting(NamedTuple):
-    """What a token's layers from `begin` on were routed to: rows as in `OneToken.routing`."""
+class _StepRouting(NamedTuple):
+    """What a step's layers from `begin` on were routed to."""
 
-    token: int
+    steps: Steps
+    tokens: list[int]
     begin: int  # of the layers with experts
     routing: Tensor
 
 
-class _Steps:
-    """One token's graphs, each captured once."""
+class _At(NamedTuple):
+    """A sequence of a length, for a step that nobody counts."""
 
-    def __init__(self, decoder: GpuDecoder) -> None:
-        self._decoder, self._pool = decoder, GraphPool(decoder.model.device)
-        self._segments = decoder.model.segments()
-        self._graphs: dict[tuple[str, int, int], Graph] = {}
-
-    def close(self) -> None:
-        """Give the graphs up."""
-        self._graphs.clear()
-
-    def prepare(self, bucket: int, at_once: bool, guessing: bool) -> None:
-        """Capture what a token may need. Not while one is under way: what is captured runs once."""
-        last = len(self._segments) - 1
-        if at_once:
-            self.whole(bucket)
-        cache = self._decoder.experts
-        if cache.in_place and cache.needs_drive:
-            for ordinal in range(last):
-                self.rest(bucket, ordinal)
-                self.late(ordinal)
-        if not (cache.is_complete or cache.in_place):
-            for ordinal in range(last + 1):
-                self.segment(bucket, ordinal, guessing)
-                if ordinal < last:
-                    self.run(ordinal)
-                    self.late(ordinal)
-
-    def whole(self, bucket: int) -> Graph:
-        """The whole token, which sees the first `bucket` keys."""
-        return self._graph("whole", bucket, 0, partial(self._whole, bucket))
-
-    def rest(self, bucket: int, ordinal: int) -> Graph:
-        """What follows the experts of layer `ordinal`, whose products are there."""
-        work = partial(self._rest, bucket, ordinal)
-        return self._graph("rest", bucket, ordinal, work, warm_up=False)  # in mid-token: not to run twice
-
-    def segment(self, bucket: int, ordinal: int, guessing: bool) -> Graph:
-        """From the experts' sum before layer `ordinal` (of those with experts) to its router, or to the
-        logits. `guessing`: what the next layer will ask for, too."""
-        what = "guessing segment" if guessing else "segment"
-        return self._graph(what, bucket, ordinal, partial(self._segment, bucket, ordinal, guessing))
-
-    def run(self, ordinal: int) -> Graph:
-        """The experts of layer `ordinal` that the router found in VRAM."""
-        return self._graph("run", 0, ordinal, partial(self._run, ordinal))
-
-    def late(self, ordinal: int) -> Graph:
-        """Those that have come since, by the decoder's list of slots."""
-        return self._graph("late", 0, ordinal, partial(self._late, ordinal), warm_up=False)
-
-    def _graph(
-        self, what: str, bucket: int, ordinal: int, work: Callable[[], None], warm_up: bool = True
-    ) -> Graph:
-        key = (what, bucket, ordinal)
-        if key not in self._graphs:
-            self._graphs[key] = Graph(work, self._decoder.model.device, self._pool, warm_up)
-        return self._graphs[key]
-
-    def _whole(self, bucket: int) -> None:
-        self._decoder._one.table.copy_(self._decoder.table, non_blocking=True)
-        self._compute_from(bucket, 0)
-
-    def _rest(self, bucket: int, ordinal: int) -> None:
-        one = self._decoder._one
-        one.table.copy_(self._decoder.table, non_blocking=True)
-        one.missed.fill_(NO_MISS)
-        one.x.copy_(one.saved_x[ordinal])
-        self._compute_from(bucket, ordinal + 1)
-
-    def _compute_from(self, bucket: int, first: int) -> None:
-        d, one, last = self._decoder, self._decoder._one, len(self._segments) - 1
-        for ordinal in range(first, last + 1):
-            self._compute_segment(bucket, ordinal)
-            if ordinal < last:
-                self._run(ordinal)
-        d._missed.copy_(one.missed, non_blocking=True)
-        d._routing.copy_(one.routing, non_blocking=True)
-        d._logits.copy_(one.logits, non_blocking=True)
-
-    def _segment(self, bucket: int, ordinal: int, guessing: bool) -> None:
-        d, one = self._decoder, self._decoder._one
-        if ordinal < len(self._segments) - 1:
-            one.table[ordinal].copy_(d.table[ordinal], non_blocking=True)
-            self._compute_segment(bucket, ordinal)
-            d._routing[ordinal].copy_(one.routing[ordinal], non_blocking=True)
-            if d._host_experts is not None:
-                d._h.copy_(one.h[ordinal], non_blocking=True)
-            after = ordinal + 1
-            if guessing and after < len(d.model.moe_layers):
-                one.guess(d.model.moe_layers[after], after)
-                d._guessed[after].copy_(one.guessed[after], non_blocking=True)
-        else:
-            self._compute_segment(bucket, ordinal)
-            d._logits.copy_(one.logits, non_blocking=True)
-
-    def _compute_segment(self, bucket: int, ordinal: int) -> None:
-        d, one = self._decoder, self._decoder._one
-        if ordinal == 0:
-            one.token.copy_(d._token, non_blocking=True)
-            one.position.copy_(d._position, non_blocking=True)
-            one.embed(bucket)
-        else:
-            before = ordinal - 1
-            d._decode.combine(one.routing_parts(one.routing[before : before + 1])[1], one.x)
-            one.shared_expert(d.model.moe_layers[before], before)
-        last = ordinal == len(self._segments) - 1
-        for index in self._segments[ordinal]:
-            one.attention(index, bucket)
-            if not d.config.moe_layers[index]:
-                one.dense_network(index)
-        if last:
-            one.output()
-        else:
-            one.router(self._segments[ordinal][-1], ordinal)
-
-    def _run(self, ordinal: int) -> None:
-        one = self._decoder._one
-        d = self._decoder
-        d._decode.run(one.h[ordinal], one.slots[ordinal], d.arena, d.ram_arena)
-
-    def _late(self, ordinal: int) -> None:
-        d = self._decoder
-        d._late.copy_(d._late_slots, non_blocking=True)
-        d._decode.run(d._one.h[ordinal], d._late, d.arena, d.ram_arena)
+    length: int
+    pages: list[int]

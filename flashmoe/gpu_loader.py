@@ -19,8 +19,9 @@ from flashmoe.copy_engine import CopyEngine, CudaCopyEngine, HostCopyEngine
 from flashmoe.errors import BudgetError
 from flashmoe.expert_cache import ExpertCache
 from flashmoe.expert_placement import Placement, calibrate
-from flashmoe.gpu_decoder import GpuDecoder
+from flashmoe.gpu_decoder import MOST_ROWS, GpuDecoder
 from flashmoe.gpu_graphs import gpu_seconds
+from flashmoe.gpu_kv_cache import GpuPages
 from flashmoe.gpu_model import GpuModel
 from flashmoe.policies import build_policy
 from flashmoe.prefetch import AUTO_GUESSES, PrefetchSwitch
@@ -54,7 +55,8 @@ def vram_plan(
             f"VRAM budget {format_bytes(budget)} is more than the {format_bytes(total)} of"
             f" {torch.cuda.get_device_name()}; try --vram-budget auto"
         )
-    return plan_vram(config, dense_bytes, slot_bytes(config, expert_format), experts, budget, run.context)
+    of_slot, conversations = slot_bytes(config, expert_format), 1 if run.learn else run.max_batch
+    return plan_vram(config, dense_bytes, of_slot, experts, budget, run.context, conversations)
 
 
 def slot_bytes(config: ModelConfig, expert_format: Format) -> int:
@@ -109,16 +111,19 @@ def build_decoder(
     in_place = packed and placement is None and not plan.holds_all
     shape = (c.hidden_size, c.moe_intermediate_size, name, c.hidden_act, top_k)
     chunk, rounding = min(PREFILL_CHUNK, plan.context), ROUNDED_TO if run.token_rounding else 0
+    rows = min(plan.conversations, MOST_ROWS)
+    pages = GpuPages(c, plan.context, plan.kv_tokens, plan.conversations, device)
     return GpuDecoder(
-        GpuModel(c, weights, plan.context, device, run.exact_activations),
+        GpuModel(c, weights, pages, device, run.exact_activations),
         _open_cache(c, ram, engine, table, placement, in_place, plan, run),
-        ExpertDecode(*shape, 1, device, run.exact_activations),
+        ExpertDecode(*shape, rows, device, run.exact_activations),
         ExpertPrefill(*shape, c.num_experts, chunk, device, rounding),
         arena,
         table,
         host_experts,
         None if in_place else _prefetcher(plan, run),
         _ram_arena(ram) if in_place else None,
+        rows,
     )
 
 

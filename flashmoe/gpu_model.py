@@ -1,11 +1,13 @@
-"""A model's dense part on a GPU: its weights, and the layers' arithmetic for one token and for a chunk.
+"""A model's dense part on a GPU: its weights, and the layers' arithmetic for steps of one token a
+sequence and for a chunk.
 
-One token runs through our own kernels in fp32, as on the CPU, on buffers that never move, so that its steps
+Tokens of a step run through our own kernels in fp32, as on the CPU, on buffers that never move, so that it
 can be captured in CUDA graphs. A chunk's matrix products are torch's, in the weights' 16-bit type. Experts
 are not here. Axis letters: T tokens, D hidden, H query heads, G KV heads, d head size, E experts, K experts
 per token.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,16 +16,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from flashmoe.config import ModelConfig
-from flashmoe.gpu_attention import KV_DTYPE, MASKED, GpuKVCache, attend_many, attend_one
+from flashmoe.gpu_attention import attend_many
+from flashmoe.gpu_kv_cache import KV_DTYPE, GpuPages
 from flashmoe.rotary import Rotary
 from flashmoe.weights import DenseWeights, LayerWeights, Weight
 from kernels.expert_slots import BITS, FLOATS
 from kernels.reference import ACTIVATIONS
+from kernels.triton_attention import attend_rows, attention_workspace
 from kernels.triton_decode import GpuMatrix, linear
 from kernels.triton_rope import rope_and_store
 from kernels.triton_router import route
 from kernels.triton_tiles import round_to_int8, unpack_matrix
-from kernels.triton_token import embed_rows, mark_visible
+from kernels.triton_token import embed_rows
 
 NO_MISS = 2**31 - 1
 
@@ -40,14 +44,13 @@ class GpuLayer:
 
 
 class GpuModel:
-    """Weights, rotary tables and KV cache on `device`. Runs nothing by itself."""
+    """Weights, rotary tables and the memory of keys and values on `device`. Runs nothing by itself."""
 
     def __init__(
-        self, config: ModelConfig, weights: DenseWeights, context: int, device: torch.device, exact: bool
+        self, config: ModelConfig, weights: DenseWeights, pages: GpuPages, device: torch.device, exact: bool
     ) -> None:
-        self.config, self.device, self.exact = config, device, exact
-        self.kv_cache = GpuKVCache(config, context, device)
-        rotary = Rotary(config, context)
+        self.config, self.device, self.exact, self.pages = config, device, exact, pages
+        rotary = Rotary(config, pages.context)
         self.cos, self.sin = rotary.cos.to(device), rotary.sin.to(device)
         self.embedding, self.norm = gpu_matrix(weights.embedding), weights.norm
         self.lm_head = gpu_matrix(weights.lm_head)
@@ -77,70 +80,84 @@ def _gpu_layer(layer: LayerWeights) -> GpuLayer:
     )
 
 
-class OneToken:
-    """One token's way through the layers, step by step. All methods only enqueue work."""
+class DecodeStep:
+    """The way of B tokens, the newest of as many sequences, through the layers, piece by piece. All methods
+    only enqueue work. What a row gives depends on no other row, nor on how many there are."""
 
-    def __init__(self, model: GpuModel) -> None:
-        c, self.model = model.config, model
-        self._heads_width = c.num_attention_heads * c.head_dim
-
-        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=model.device)
-
+    def __init__(self, model: GpuModel, rows: int, like: "DecodeStep | None" = None) -> None:
+        """`like`: of no fewer rows; both use its memory, never at the same time."""
+        c, self.model, self.rows = model.config, model, rows
+        self._memory: dict[str, Tensor] = {} if like is None else like._memory
         moe, experts, top_k = len(model.moe_layers), c.num_experts, c.num_experts_per_tok
-        self.token, self.position = empty(1, dtype=torch.int64), empty(1, dtype=torch.int32)
-        self.x = empty(1, c.hidden_size)
-        self.saved_x = empty(moe, 1, c.hidden_size)  # at each router
-        self.h = empty(moe, 1, c.hidden_size)  # what the experts of each layer see
-        # Per layer with experts: probabilities, weights, ids (int32); one row is one copy to the host.
-        self.routing = empty(moe, experts + 2 * top_k)
-        self.slots = empty(moe, 1, top_k, dtype=torch.int32)
-        self.table = torch.full((moe, experts), -1, dtype=torch.int32, device=model.device)
-        self.missed = torch.full((1,), NO_MISS, dtype=torch.int32, device=model.device)
-        self.guessed = empty(moe, 1, top_k, dtype=torch.int32)  # of each layer with experts, before it runs
-        self.logits = empty(1, c.vocab_size)
+        hidden, most_pages, i32 = c.hidden_size, model.pages.most_pages, torch.int32
+        kv, heads_width = c.num_key_value_heads * c.head_dim, c.num_attention_heads * c.head_dim
+        empty = self._empty
+        self.tokens = empty("tokens", rows, dtype=torch.int64)
+        self.positions = empty("positions", rows, dtype=i32)
+        self.pages = empty("pages", rows, most_pages, dtype=i32)  # of each row's sequence
+        self.x = empty("x", rows, hidden)
+        self.saved_x = empty("saved_x", moe, rows, hidden)  # at each router
+        self.h = empty("h", moe, rows, hidden)  # what the experts of each layer see
+        # Of each layer with experts the rows' probabilities, then weights, then ids: one copy to the host.
+        self.routing = empty("routing", moe, rows * (experts + 2 * top_k))
+        self.slots = empty("slots", moe, rows, top_k, dtype=i32)
+        self.table = empty("table", moe, experts, dtype=i32)  # filled before any router reads it
+        self.missed = empty("missed", 1, dtype=i32)
+        self.guessed = empty("guessed", moe, rows, top_k, dtype=i32)  # of each layer, before it runs
+        self.logits = empty("logits", rows, c.vocab_size)
         self._unused = (
-            empty(1, c.hidden_size), empty(1, experts), empty(1, top_k), empty(1, top_k, dtype=torch.int32),
-            empty(1, dtype=torch.int32),
+            empty("unused h", rows, hidden), empty("unused probabilities", rows, experts),
+            empty("unused weights", rows, top_k), empty("unused slots", rows, top_k, dtype=i32),
+            empty("unused missed", 1, dtype=i32),
         )  # fmt: skip
-        self._qkv = empty(1, self._heads_width + 2 * c.num_key_value_heads * c.head_dim)
-        self._q = empty(1, c.num_attention_heads, c.head_dim, dtype=KV_DTYPE)
-        self._y = empty(1, self._heads_width)
+        self._qkv = empty("qkv", rows, heads_width + 2 * kv)
+        self._q = empty("q", rows, c.num_attention_heads, c.head_dim, dtype=KV_DTYPE)
+        self._y = empty("y", rows, heads_width)
+        floats = attention_workspace(rows, c.num_attention_heads, c.head_dim, model.pages.context)
+        self._attention = empty("attention", floats)
         width = max((m.mlp[0].rows for m in model.layers if m.mlp is not None), default=0)
-        self._gate, self._up, self._down = empty(1, width), empty(1, width), empty(1, c.hidden_size)
-        self._factor = empty(1, 1)
-        keys = len(model.kv_cache.tensors(0)[0])
-        self._masks = {window: empty(keys, dtype=KV_DTYPE) for window in set(c.sliding_windows)}
+        self._gate, self._up = empty("gate", rows, width), empty("up", rows, width)
+        self._down, self._factor = empty("down", rows, hidden), empty("factor", rows, 1)
 
-    def routing_parts(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """rows [..., E + 2 K] -> probabilities [..., E], weights [..., K], ids [..., K] int32."""
-        experts, top_k = self.model.config.num_experts, self.model.config.num_experts_per_tok
-        ids = rows[..., experts + top_k :].view(torch.int32)
-        return rows[..., :experts], rows[..., experts : experts + top_k], ids
+    def _empty(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Of the memory of that name, which the first step with it has made."""
+        if name not in self._memory:
+            self._memory[name] = torch.zeros(shape, dtype=dtype, device=self.model.device)
+        return self._memory[name].view(-1)[: math.prod(shape)].view(shape)
 
-    def embed(self, bucket: int) -> None:
-        """x of `token`; what `position` sees of the first `bucket` keys."""
-        embed_rows(self.model.embedding, self.token, self.x, self.missed, NO_MISS)
-        for window, mask in self._masks.items():
-            mark_visible(self.position, mask[:bucket], window, MASKED)
+    def routing_parts(self, routing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a layer, or of several, [..., B (E + 2 K)] -> probabilities [..., B, E], weights [..., B, K],
+        ids [..., B, K] int32."""
+        n, experts, top_k = self.rows, self.model.config.num_experts, self.model.config.num_experts_per_tok
+        probabilities, weights, ids = routing.split([n * experts, n * top_k, n * top_k], dim=-1)
+        return (
+            probabilities.unflatten(-1, (n, experts)), weights.unflatten(-1, (n, top_k)),
+            ids.view(torch.int32).unflatten(-1, (n, top_k)),
+        )  # fmt: skip
 
-    def attention(self, index: int, bucket: int) -> None:
-        """x += the attention of layer `index`, over what `position` sees of the first `bucket` keys."""
+    def embed(self) -> None:
+        """x of `tokens`."""
+        embed_rows(self.model.embedding, self.tokens, self.x, self.missed, NO_MISS)
+
+    def attention(self, index: int, most_keys: int) -> None:
+        """x += the attention of layer `index`, of rows that see at most so many keys."""
         m, c, layer = self.model, self.model.config, self.model.layers[index]
         w = layer.weights
-        keys, values = m.kv_cache.tensors(index)
+        keys, values = m.pages.tensors(index)
         linear(
             self.x, layer.qkv, self._qkv,
             norm=w.input_norm, eps=c.rms_norm_eps, bias=w.qkv_bias, exact=m.exact,
         )  # fmt: skip
         rope_and_store(
-            self._qkv, m.cos, m.sin, self.position, keys, values, self._q,
+            self._qkv, m.cos, m.sin, self.pages, self.positions, keys, values, self._q,
             heads=c.num_attention_heads, kv_heads=c.num_key_value_heads, head_dim=c.head_dim,
             qk_norm=c.family.qk_norm, q_norm=w.q_norm, k_norm=w.k_norm,
             eps=c.rms_norm_eps, clip=c.clip_qkv or 0.0,
         )  # fmt: skip
-        mask = self._masks[c.sliding_windows[index]][:bucket]
-        attend_one(self._q[0], keys[:bucket], values[:bucket], mask, self._y)
+        attend_rows(
+            self._q, keys, values, self.pages, self.positions, c.sliding_windows[index], most_keys,
+            self._attention, self._y,
+        )  # fmt: skip
         linear(self._y, layer.o, self.x, bias=w.o_bias, residual=True, exact=m.exact)
 
     def dense_network(self, index: int) -> None:
@@ -170,7 +187,7 @@ class OneToken:
         """What the experts of layer `index` see, which ones, with which weights, and in which slots."""
         c, w = self.model.config, self.model.layers[index].weights
         assert w.router is not None
-        probabilities, weights, ids = self.routing_parts(self.routing[ordinal : ordinal + 1])
+        probabilities, weights, ids = self.routing_parts(self.routing[ordinal])
         route(
             self.x, w.post_attention_norm, c.rms_norm_eps, w.router, c.norm_topk_prob, self.table[ordinal],
             self.h[ordinal], probabilities, ids, weights, self.slots[ordinal], self.missed, ordinal,
@@ -220,10 +237,12 @@ def product(x: Tensor, weight: GpuMatrix, exact: bool, bias: Tensor | None = Non
     return y if bias is None else y.add_(bias)
 
 
-def chunk_attention(model: GpuModel, index: int, x: Tensor) -> None:
-    """x [T, D] += attention of layer `index`; keys and values go behind those in the KV cache."""
-    c, layer, begin = model.config, model.layers[index], model.kv_cache.length
-    w, tokens, d = layer.weights, len(x), model.config.head_dim
+def chunk_attention(model: GpuModel, index: int, x: Tensor, places: Tensor) -> None:
+    """x [T, D] += attention of layer `index`. `places` int64 [B]: where the sequence's keys and values are in
+    all pages, those of the chunk's T tokens last, which are written."""
+    c, layer = model.config, model.layers[index]
+    w, tokens, seen, d = layer.weights, len(x), len(places), model.config.head_dim
+    begin = seen - tokens
     qkv = product(rms_norm(model, x, w.input_norm), layer.qkv, model.exact, w.qkv_bias)
     heads, kv = c.num_attention_heads * d, c.num_key_value_heads * d
     q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv], qkv[:, heads + kv :]
@@ -235,11 +254,12 @@ def chunk_attention(model: GpuModel, index: int, x: Tensor) -> None:
     if c.family.qk_norm == "head":
         q, k = rms_norm(model, q, w.q_norm), rms_norm(model, k, w.k_norm)
     cos, sin = (t[begin : begin + tokens, None] for t in (model.cos, model.sin))
-    keys, values = model.kv_cache.tensors(index)
-    keys[begin : begin + tokens] = _rotate(k, cos, sin)
-    values[begin : begin + tokens] = v
-    seen = begin + tokens
-    y = attend_many(_rotate(q, cos, sin).to(KV_DTYPE), keys[:seen], values[:seen], c.sliding_windows[index])
+    new_keys, new_values = _rotate(k, cos, sin).to(KV_DTYPE), v.to(KV_DTYPE)
+    keys, values = (pages.view(-1, *pages.shape[2:]) for pages in model.pages.tensors(index))
+    keys[places[begin:]], values[places[begin:]] = new_keys, new_values
+    if begin:
+        new_keys, new_values = keys[places], values[places]
+    y = attend_many(_rotate(q, cos, sin).to(KV_DTYPE), new_keys, new_values, c.sliding_windows[index])
     x.add_(product(y.float(), layer.o, model.exact, w.o_bias))
 
 

@@ -5,7 +5,9 @@ costs nothing until it is used, and every sequence is contiguous: the strides, a
 depend neither on the context nor on who else is there. `KVPool` counts what is in use, in blocks of tokens.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +19,6 @@ from storage import host
 BLOCK = 64  # tokens that are counted, and given back, together
 SHORTEST_STORED = 64  # tokens; less is computed faster than it is worth a file
 SHORTEST_SHARED = 8  # tokens; less of a beginning is not worth keeping or copying
-
-
-class CachedTokens(Protocol):
-    """The keys and values of one sequence, wherever they are."""
-
-    context: int
-    tokens: list[int]
-
-    @property
-    def length(self) -> int: ...
-
-    def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
 
 
 class KVCache:
@@ -63,6 +52,9 @@ class KVCache:
     def tensors(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the whole context, [context, G, d] each, valid or not."""
         return self._all[layer, 0], self._all[layer, 1]
+
+    def claim(self, length: int) -> None:
+        """Have memory for so many tokens: the system gives it as they come."""
 
     def append(self, tokens: list[int]) -> None:
         """Make more tokens valid, once every layer has them."""
@@ -104,14 +96,17 @@ class KVPool:
     """
 
     def __init__(
-        self, config: ModelConfig, context: int, total_tokens: int, store: SessionStore | None = None
-    ) -> None:
-        """`total_tokens`: at least `context`. `store`: has on disk what is kept here, or was."""
+        self, config: ModelConfig, context: int, total_tokens: int, store: SessionStore | None = None,
+        new_sequence: Callable[[], Any] | None = None,
+    ) -> None:  # fmt: skip
+        """`total_tokens`: at least `context`. `store`: has on disk what is kept here, or was. `new_sequence`
+        makes others than `KVCache`s, such as a GPU's; they have its methods."""
         assert total_tokens >= context
         self.config, self.context, self.total_tokens = config, context, total_tokens
         self.used_tokens = 0
         self.is_busy = False  # whether somebody decodes, who should not wait for a write
         self._store = store
+        self._new_sequence = new_sequence or partial(KVCache, config, context)
         self._unsaved: dict[KVCache, None] = {}  # those kept that the store has not been given
         self._counted: dict[KVCache, int] = {}
         self._kept: dict[KVCache, None] = {}  # the least recently used first
@@ -166,6 +161,7 @@ class KVPool:
         if wanted > 0:
             self._counted[kv] += wanted
             self.used_tokens += wanted
+            kv.claim(length)
         return True
 
     def truncate(self, kv: KVCache, length: int) -> None:
@@ -259,7 +255,7 @@ class KVPool:
         self._unsaved.pop(kv, None)
 
     def _new(self) -> KVCache:
-        kv = self._idle.pop() if self._idle else KVCache(self.config, self.context)
+        kv: KVCache = self._idle.pop() if self._idle else self._new_sequence()
         kv.truncate(0)
         self._counted[kv] = 0
         return kv
@@ -270,42 +266,3 @@ class KVPool:
     def _in_blocks(self, tokens: int) -> int:
         return min(self.context, -(-tokens // BLOCK) * BLOCK)
 
-
-class OneSequence:
-    """A pool of one sequence whose memory is somebody else's, such as a GPU's. As `KVPool`."""
-
-    is_busy = False
-
-    def __init__(self, config: ModelConfig, kv_cache: CachedTokens) -> None:
-        self.config, self.context, self.total_tokens = config, kv_cache.context, kv_cache.context
-        self._kv_cache = kv_cache
-
-    @property
-    def used_tokens(self) -> int:
-        return self._kv_cache.length
-
-    def take(self, tokens: list[int]) -> CachedTokens:
-        """The sequence, with what it shares with a prompt."""
-        shared = min(shared_prefix(self._kv_cache.tokens, tokens), len(tokens) - 1)
-        self._kv_cache.truncate(shared)
-        return self._kv_cache
-
-    def grow(self, kv: CachedTokens, length: int) -> bool:
-        """Its memory is there already."""
-        return True
-
-    def keep(self, kv: CachedTokens) -> None:
-        """It stays as it is."""
-
-    def release(self, kv: CachedTokens) -> None:
-        kv.truncate(0)
-
-    def forget(self) -> None:
-        self._kv_cache.truncate(0)
-
-    def save_one(self) -> bool:
-        """It is stored nowhere."""
-        return False
-
-    def close(self) -> None:
-        self._kv_cache.truncate(0)

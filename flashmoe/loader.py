@@ -111,6 +111,8 @@ def plan_model(model: OpenedModel, run: RunConfig) -> BudgetPlan:
     budget = parse_size(run.ram_budget, free_bytes=available)
     conversations = 1 if run.learn else run.max_batch
     plan = plan_budget(c, sizes, budget, run.context if vram is None else vram.context, conversations)
+    if vram is not None:
+        plan = replace(plan, kv_tokens=vram.kv_tokens)
     if vram is not None and vram.holds_all:  # RAM is only what experts pass through on their way
         plan = replace(plan, slots=min(plan.slots, PASSING_SLOTS * c.num_experts_per_tok))
     return share_slots(replace(plan, vram=vram), c, run)

@@ -24,7 +24,7 @@ from flashmoe.decoder import RoutingObserver, Stretch
 from flashmoe.engine import check_prompt
 from flashmoe.errors import FlashMoEError, QueueFullError
 from flashmoe.generation import Constraint, GenerationRequest, Piece
-from flashmoe.kv_cache import KVPool, OneSequence, shared_prefix
+from flashmoe.kv_cache import KVPool, shared_prefix
 from flashmoe.prompt_lane import PromptLane
 from flashmoe.queue_pace import QueuePace
 from flashmoe.recorder import Recorder
@@ -45,9 +45,10 @@ logger = logging.getLogger(__name__)
 
 
 class BatchDecoder(Protocol):
-    """What computes: flashmoe/decoder.py."""
+    """What computes: flashmoe/decoder.py, gpu_decoder.py."""
 
     observer: RoutingObserver | None
+    runs_prompts_together: bool  # whether one pass may have tokens of several
 
     def forward_batch(
         self, batch: Sequence[Stretch], check: Callable[[], None] | None = None
@@ -63,7 +64,7 @@ class Scheduler:
     """Runs generation requests, at most `most_running` together."""
 
     def __init__(
-        self, decoder: BatchDecoder, kv_pool: KVPool | OneSequence, tokenizer: Tokenizer,
+        self, decoder: BatchDecoder, kv_pool: KVPool, tokenizer: Tokenizer,
         recorder: Callable[[GenerationStats], Recorder], most_running: int,
         most_waiting: int = DEFAULT_QUEUE,
     ) -> None:  # fmt: skip
@@ -80,6 +81,7 @@ class Scheduler:
         self._waiting: deque[Waiting] = deque()
         self._running: list[Running] = []
         self._lane: PromptLane | None = None
+        self._oldest_is_next = False
         self._submitted = 0
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -396,13 +398,13 @@ class Scheduler:
             if lane is not None and in_lane:
                 self._finish_lane(lane)
             elif prompts:
-                self._forward(next_tokens(prompts, PREFILL_CHUNK))
+                self._forward(self._next_chunk(prompts))
             return
         together = decoding + _short(prompts, MOST_STEP_TOKENS - len(decoding))
         prompts = [r for r in prompts if r not in together]
         if lane is None:
             if prompts:
-                self._forward(next_tokens(prompts, PREFILL_CHUNK))
+                self._forward(self._next_chunk(prompts))
             self._timed(together)
             return
         if prompts and not in_lane:
@@ -413,6 +415,13 @@ class Scheduler:
                 self._end_lane()
         else:
             lane.note_step(len(decoding), self._timed(together))
+
+    def _next_chunk(self, prompts: list[Running]) -> list[tuple[Running, list[int]]]:
+        """Of several prompts if the decoder can; or else of the oldest and of the shortest in turn."""
+        if not self.decoder.runs_prompts_together:
+            self._oldest_is_next = not self._oldest_is_next
+            prompts = [prompts[0] if self._oldest_is_next else min(prompts, key=lambda r: r.missing)]
+        return next_tokens(prompts, PREFILL_CHUNK)
 
     def _timed(self, running: list[Running]) -> float:
         """Run what is pending of each that is still there -> seconds."""

@@ -1,6 +1,7 @@
-"""Queries, keys and values of a token on a GPU: norms, clipping, rotary embedding, into the KV cache.
+"""Queries, keys and values of tokens on a GPU: norms, clipping, rotary embedding, into the KV cache.
 
-In the order of kernels/cpu/attention.cpp. Axis letters: T tokens, H query heads, G KV heads, d head size.
+In the order of kernels/cpu/attention.cpp. Axis letters: T tokens, each the newest of a sequence, H query heads, G KV heads, d head size, P pages, M of
+a sequence.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -14,19 +15,21 @@ from kernels.triton_gemv import launch_options, wait_for_inputs
 
 @triton.jit
 def _rope_and_store(
-    qkv, cos, sin, position, keys, values, q_out, q_norm, k_norm, eps, clip, H: tl.constexpr, G: tl.constexpr,
+    qkv, cos, sin, pages, positions, keys, values, q_out, q_norm, k_norm, eps, clip, most_pages,
+    PAGE: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     d: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr, QK_NORM: tl.constexpr, CLIP: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """One head of one token a program: query heads, then keys, then values."""
     wait_for_inputs(PDL)
     t, head = tl.program_id(0), tl.program_id(1)
-    place = tl.load(position) + t
+    place = tl.load(positions + t)
+    page = tl.load(pages + t * most_pages + place // PAGE)
     of_token = qkv + t * (H + 2 * G) * d
     i = tl.arange(0, BLOCK)
     inside = i < d
     x = of_token + head * d
-    cached = place.to(tl.int64) * G * d + i
+    cached = (page.to(tl.int64) * PAGE + place % PAGE) * G * d + i
     if head >= H + G:
         v = tl.load(x + i, mask=inside, other=0.0)
         if CLIP:
@@ -70,7 +73,8 @@ def rope_and_store(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    position: Tensor,
+    pages: Tensor,
+    positions: Tensor,
     keys: Tensor,
     values: Tensor,
     q_out: Tensor,
@@ -86,8 +90,9 @@ def rope_and_store(
 ) -> None:
     """Norm, clip and rotate queries and keys; queries into q_out, keys and values into the cache.
 
-    qkv [T, (H + 2 G) d] fp32; cos, sin [context, d] fp32; position int32 [1] on the device, that of token 0;
-    keys, values [context, G, d] and q_out [T, H, d] of any one float type. qk_norm: "none", "head" (q_norm,
+    qkv [T, (H + 2 G) d] fp32; cos, sin [context, d] fp32; positions int32 [T] and pages
+    int32 [T, M] on the device: where each token is in its sequence, and whose pages; keys, values
+    [P, page, G, d] and q_out [T, H, d] of any one float type. qk_norm: "none", "head" (q_norm,
     k_norm [d]; after clipping) or "full" ([H d], [G d]; before). clip 0: none. Halves are paired as in
     Hugging Face checkpoints.
     """
@@ -96,8 +101,8 @@ def rope_and_store(
     assert qk_norm in ("none", "head", "full")
     block = triton.next_power_of_2(head_dim)
     _rope_and_store[(tokens, heads + 2 * kv_heads)](
-        qkv, cos, sin, position, keys, values, q_out, qkv if q_norm is None else q_norm,
-        qkv if k_norm is None else k_norm, eps, clip, H=heads, G=kv_heads, d=head_dim, BLOCK=block,
+        qkv, cos, sin, pages, positions, keys, values, q_out, qkv if q_norm is None else q_norm,
+        qkv if k_norm is None else k_norm, eps, clip, pages.shape[1], PAGE=keys.shape[1], H=heads, G=kv_heads, d=head_dim, BLOCK=block,
         FULL=triton.next_power_of_2(heads * head_dim), QK_NORM=qk_norm, CLIP=clip > 0,
         num_warps=4 if qk_norm == "full" else 1, **launch_options(qkv.device),
     )  # fmt: skip

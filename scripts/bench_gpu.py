@@ -28,6 +28,7 @@ from flashmoe.config import ModelConfig, parse_model_config
 from flashmoe.engine import Engine
 from flashmoe.expert_slots import CacheCounters
 from flashmoe.gpu_decoder import GpuDecoder
+from flashmoe.gpu_kv_cache import GpuPages
 from flashmoe.gpu_loader import slot_bytes
 from flashmoe.gpu_model import GpuModel
 from flashmoe.weights import DenseWeights, LayerWeights, Weight
@@ -189,19 +190,22 @@ def measure_peer(
 
 
 def random_decoder(
-    config: ModelConfig, experts: str, dense: str, device: torch.device
+    config: ModelConfig, experts: str, dense: str, device: torch.device, rows: int = 1
 ) -> GpuDecoder:
-    """A decoder whose weights are random and whose experts are all resident."""
+    """A decoder whose weights are random and whose experts are all resident, for steps of so many rows."""
     generator = torch.Generator(device).manual_seed(0)
     form = Format[experts.upper()]
     moe, top_k = config.num_moe_layers, config.num_experts_per_tok
     arena = random_experts(config, form, moe * config.num_experts, device, generator)
     table = torch.arange(len(arena), dtype=torch.int32).view(moe, -1).pin_memory()
-    model = GpuModel(config, random_dense(config, dense, device, generator), CONTEXT, device, False)
+    pages = GpuPages(config, CONTEXT, rows * CONTEXT, rows, device)
+    model = GpuModel(config, random_dense(config, dense, device, generator), pages, device, False)
     shape = (config.hidden_size, config.moe_intermediate_size, experts, config.hidden_act, top_k)
-    decode = ExpertDecode(*shape, 1, device, False)
+    decode = ExpertDecode(*shape, rows, device, False)
     prefill = ExpertPrefill(*shape, config.num_experts, 512, device)
-    return GpuDecoder(model, AllResident(), decode, prefill, arena, table)  # type: ignore[arg-type]
+    return GpuDecoder(  # type: ignore[arg-type]
+        model, AllResident(), decode, prefill, arena, table, most_rows=rows
+    )
 
 
 def random_experts(
