@@ -89,6 +89,7 @@ class OneToken:
 
         moe, experts, top_k = len(model.moe_layers), c.num_experts, c.num_experts_per_tok
         self.token, self.position = empty(1, dtype=torch.int64), empty(1, dtype=torch.int32)
+        self._sequence = empty(1, dtype=torch.int32)  # the only one
         self.x = empty(1, c.hidden_size)
         self.saved_x = empty(moe, 1, c.hidden_size)  # at each router
         self.h = empty(moe, 1, c.hidden_size)  # what the experts of each layer see
@@ -134,7 +135,7 @@ class OneToken:
             norm=w.input_norm, eps=c.rms_norm_eps, bias=w.qkv_bias, exact=m.exact,
         )  # fmt: skip
         rope_and_store(
-            self._qkv, m.cos, m.sin, self.position, keys, values, self._q,
+            self._qkv, m.cos, m.sin, self._sequence, self.position, keys[None], values[None], self._q,
             heads=c.num_attention_heads, kv_heads=c.num_key_value_heads, head_dim=c.head_dim,
             qk_norm=c.family.qk_norm, q_norm=w.q_norm, k_norm=w.k_norm,
             eps=c.rms_norm_eps, clip=c.clip_qkv or 0.0,

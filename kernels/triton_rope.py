@@ -1,6 +1,8 @@
-"""Queries, keys and values of a token on a GPU: norms, clipping, rotary embedding, into the KV cache.
+"""Queries, keys and values of tokens on a GPU: norms, clipping, rotary embedding, into the KV cache.
 
-In the order of kernels/cpu/attention.cpp. Axis letters: T tokens, H query heads, G KV heads, d head size.
+In the order of kernels/cpu/attention.cpp. One compiled kernel takes any number of tokens: a token's bits do
+not depend on those beside it.
+Axis letters: T tokens, H query heads, G KV heads, d head size, S sequences.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -12,26 +14,27 @@ from torch import Tensor
 from kernels.triton_gemv import launch_options, wait_for_inputs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["context"])
 def _rope_and_store(
-    qkv, cos, sin, position, keys, values, q_out, q_norm, k_norm, eps, clip, H: tl.constexpr, G: tl.constexpr,
-    d: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr, QK_NORM: tl.constexpr, CLIP: tl.constexpr,
-    PDL: tl.constexpr,
+    qkv, cos, sin, sequences, positions, keys, values, q_out, q_norm, k_norm, eps, clip, context,
+    H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    QK_NORM: tl.constexpr, CLIP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One head of one token a program: query heads, then keys, then values."""
     wait_for_inputs(PDL)
     t, head = tl.program_id(0), tl.program_id(1)
-    place = tl.load(position) + t
+    place, sequence = tl.load(positions + t).to(tl.int64), tl.load(sequences + t)
     of_token = qkv + t * (H + 2 * G) * d
     i = tl.arange(0, BLOCK)
     inside = i < d
     x = of_token + head * d
-    cached = place.to(tl.int64) * G * d + i
+    cached = (sequence.to(tl.int64) * context + place) * (G * d) + i
+    is_kept = i < tl.where(sequence >= 0, d, 0)
     if head >= H + G:
         v = tl.load(x + i, mask=inside, other=0.0)
         if CLIP:
             v = tl.minimum(tl.maximum(v, -clip), clip)
-        tl.store(values + cached + (head - H - G) * d, v.to(values.dtype.element_ty), mask=inside)
+        tl.store(values + cached + (head - H - G) * d, v.to(values.dtype.element_ty), mask=is_kept)
     else:
         is_key = head >= H
         partner = tl.where(i < d // 2, i + d // 2, i - d // 2)
@@ -56,12 +59,12 @@ def _rope_and_store(
             weight = k_norm if is_key else q_norm
             v = v * scale * tl.load(weight + i, mask=inside, other=0.0)
             other = other * scale * tl.load(weight + partner, mask=inside, other=0.0)
-        angle = place.to(tl.int64) * d + i
+        angle = place * d + i
         c = tl.load(cos + angle, mask=inside, other=0.0)
         s = tl.load(sin + angle, mask=inside, other=0.0)
         rotated = v * c + tl.where(i < d // 2, -other, other) * s
         if is_key:
-            tl.store(keys + cached + (head - H) * d, rotated.to(keys.dtype.element_ty), mask=inside)
+            tl.store(keys + cached + (head - H) * d, rotated.to(keys.dtype.element_ty), mask=is_kept)
         else:
             tl.store(q_out + (t * H + head) * d + i, rotated.to(q_out.dtype.element_ty), mask=inside)
 
@@ -70,7 +73,8 @@ def rope_and_store(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    position: Tensor,
+    sequences: Tensor,
+    positions: Tensor,
     keys: Tensor,
     values: Tensor,
     q_out: Tensor,
@@ -86,18 +90,21 @@ def rope_and_store(
 ) -> None:
     """Norm, clip and rotate queries and keys; queries into q_out, keys and values into the cache.
 
-    qkv [T, (H + 2 G) d] fp32; cos, sin [context, d] fp32; position int32 [1] on the device, that of token 0;
-    keys, values [context, G, d] and q_out [T, H, d] of any one float type. qk_norm: "none", "head" (q_norm,
-    k_norm [d]; after clipping) or "full" ([H d], [G d]; before). clip 0: none. Halves are paired as in
-    Hugging Face checkpoints.
+    qkv [T, (H + 2 G) d] fp32; cos, sin [context, d] fp32. Token t is that at positions[t] of sequence
+    sequences[t], int32 [T] on the device, and goes there in keys, values [S, context, G, d]; of a negative
+    sequence nothing is kept. q_out [T, H, d], of keys' and values' float type. qk_norm: "none", "head"
+    (q_norm, k_norm [d]; after clipping) or "full" ([H d], [G d]; before). clip 0: none. Halves are paired as
+    in Hugging Face checkpoints.
     """
     tokens = len(qkv)
     assert qkv.shape == (tokens, (heads + 2 * kv_heads) * head_dim) and qkv.is_contiguous()
-    assert qk_norm in ("none", "head", "full")
+    assert keys.shape[2:] == (kv_heads, head_dim) and keys.is_contiguous() and values.is_contiguous()
+    assert len(sequences) == len(positions) == tokens and qk_norm in ("none", "head", "full")
     block = triton.next_power_of_2(head_dim)
     _rope_and_store[(tokens, heads + 2 * kv_heads)](
-        qkv, cos, sin, position, keys, values, q_out, qkv if q_norm is None else q_norm,
-        qkv if k_norm is None else k_norm, eps, clip, H=heads, G=kv_heads, d=head_dim, BLOCK=block,
+        qkv, cos, sin, sequences, positions, keys, values, q_out, qkv if q_norm is None else q_norm,
+        qkv if k_norm is None else k_norm, eps, clip, keys.shape[1], H=heads, G=kv_heads, d=head_dim,
+        BLOCK=block,
         FULL=triton.next_power_of_2(heads * head_dim), QK_NORM=qk_norm, CLIP=clip > 0,
         num_warps=4 if qk_norm == "full" else 1, **launch_options(qkv.device),
     )  # fmt: skip
