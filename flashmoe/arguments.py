@@ -101,6 +101,13 @@ def _add_serve(commands: "Commands") -> None:
         metavar="NAME",
         help="a name that clients may call this server by, other than localhost; may be repeated; *: any",
     )
+    add(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a site whose pages may use this server, as https://chat.example; may be repeated",
+    )
     add("--served-model-name", type=_text, metavar="NAME", help="in the API (default: the model's folder)")
     add("--max-batch", type=_count, default=8, metavar="N", help="answers computed together (default: 8)")
     add("--queue", type=_count, default=64, metavar="N", help="more waiting requests get 429 (default: 64)")

@@ -109,6 +109,7 @@ def serve(arguments: argparse.Namespace, screen: Screen) -> int:
         arguments.allowed_host,
         arguments.queue,
         arguments.drain_seconds,
+        cors_origins=arguments.cors_origin,
     )
     extra = {"max_batch": arguments.max_batch, **(caching if arguments.session_cache else {})}
 

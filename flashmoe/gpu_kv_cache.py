@@ -1,7 +1,8 @@
 """Keys and values on a GPU, in pages: a sequence takes pages as its tokens come, so that conversations of any
 length share one piece of memory.
 
-As `KVCache` on the CPU, which has the system's pages for that. Axis letters: P pages, G KV heads, d head size.
+As `KVCache` on the CPU, which has the system's pages for that. Axis letters: P pages, G KV heads, d head
+size.
 """
 
 from typing import Final

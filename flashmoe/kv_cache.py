@@ -5,7 +5,9 @@ costs nothing until it is used, and every sequence is contiguous: the strides, a
 depend neither on the context nor on who else is there. `KVPool` counts what is in use, in blocks of tokens.
 """
 
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,11 +15,12 @@ import torch
 from torch import Tensor
 
 from flashmoe.config import ModelConfig
-from flashmoe.session_store import SessionStore
+from flashmoe.session_store import Saving, SessionStore
 from storage import host
 
 BLOCK = 64  # tokens that are counted, and given back, together
 SHORTEST_STORED = 64  # tokens; less is computed faster than it is worth a file
+WITHOUT_LOSS = 1 / 4  # of all tokens: so many can be had at once without dropping what is not on disk
 SHORTEST_SHARED = 8  # tokens; less of a beginning is not worth keeping or copying
 
 
@@ -89,6 +92,15 @@ def shared_prefix(a: list[int], b: list[int]) -> int:
     return low
 
 
+@dataclass(frozen=True, slots=True)
+class _Writing:
+    """A sequence that a thread writes to disk: nobody may run or drop it until that has ended."""
+
+    kv: KVCache
+    saving: Saving
+    thread: threading.Thread
+
+
 class KVPool:
     """The memory of all sequences: those that run, and those kept because a prompt may begin like them.
 
@@ -108,6 +120,7 @@ class KVPool:
         self._store = store
         self._new_sequence = new_sequence or partial(KVCache, config, context)
         self._unsaved: dict[KVCache, None] = {}  # those kept that the store has not been given
+        self._writing: _Writing | None = None  # beside those kept
         self._counted: dict[KVCache, int] = {}
         self._kept: dict[KVCache, None] = {}  # the least recently used first
         self._idle: list[KVCache] = []  # reserved memory without pages
@@ -131,6 +144,8 @@ class KVPool:
             return stored
         if best is None or length < SHORTEST_SHARED:
             return self._new()
+        if self._writing is not None and best is self._writing.kv and length >= best.length - BLOCK:
+            self._end_write()  # to be taken over
         copy = self._new()
         if best not in self._kept:
             if self.grow(copy, length):
@@ -155,8 +170,13 @@ class KVPool:
         that run leave none."""
         wanted = self._in_blocks(length) - self._counted[kv]
         if wanted > self._room() + sum(self._counted[other] for other in self._kept):
-            return False
+            if self._writing is None:
+                return False
+            self._end_write()
+            return self.grow(kv, length)
         while wanted > self._room():
+            if self._writing is not None and next(iter(self._kept)) in self._unsaved:
+                self._end_write()  # which can be dropped without a loss
             self.drop_oldest()
         if wanted > 0:
             self._counted[kv] += wanted
@@ -201,8 +221,32 @@ class KVPool:
         self._unkeep(kv)
         self.release(kv)
 
+    def write_ahead(self) -> None:
+        """While others decode: have a thread write what would be dropped soon, so that nobody waits for it
+        and nothing is lost. Its memory stays counted meanwhile."""
+        if self._writing is not None:
+            if not self._writing.thread.is_alive():
+                self._end_write()
+            return
+        if not self._unsaved or not self.is_busy:
+            return
+        droppable = sum(self._counted[kv] for kv in self._kept if kv not in self._unsaved)
+        if self._room() + droppable >= self.total_tokens * WITHOUT_LOSS:
+            return
+        kv = next(kv for kv in self._kept if kv in self._unsaved)
+        assert self._store is not None
+        saving = self._store.begin_save(kv.tokens, self._rows(kv, kv.length))
+        if saving is None:
+            del self._unsaved[kv]
+            return
+        thread = threading.Thread(target=saving.write, name="session")
+        self._writing = _Writing(kv, saving, thread)
+        self._unkeep(kv)
+        thread.start()
+
     def forget(self) -> None:
         """Forget all kept sequences, here; a store remembers what it was given."""
+        self._end_write()
         self._unsaved.clear()
         while self._kept:
             self.drop_oldest()
@@ -223,8 +267,26 @@ class KVPool:
 
     def _save(self, kv: KVCache) -> None:
         assert self._store is not None
+        self._end_write()
         self._unsaved.pop(kv, None)
         self._store.save(kv.tokens, self._rows(kv, kv.length))
+
+    def _end_write(self) -> None:
+        """Wait until the thread has written, if it writes; the sequence is the first to be dropped then."""
+        if (writing := self._writing) is None:
+            return
+        assert self._store is not None
+        kv, others = writing.kv, [other for other in self._kept if other is not writing.kv]
+        if writing.thread.ident is None:  # a Ctrl-C came before it was started
+            self._unsaved[kv] = None
+        else:
+            writing.thread.join()
+            self._store.end_save(writing.saving)
+        self._kept = {kv: None, **self._kept}
+        self._writing = None
+        if any(shared_prefix(other.tokens, kv.tokens) == kv.length for other in others):  # a beginning
+            self._unkeep(kv)
+            self.release(kv)
 
     def _from_store(self, tokens: list[int], length: int) -> KVCache | None:
         """A new sequence with what the store has of a prompt's beginning, if that is worth reading instead of
@@ -265,4 +327,3 @@ class KVPool:
 
     def _in_blocks(self, tokens: int) -> int:
         return min(self.context, -(-tokens // BLOCK) * BLOCK)
-

@@ -179,6 +179,7 @@ class Scheduler:
                 self._recover()
                 self._end_cancelled()
                 self.kv_pool.is_busy = any(running.is_decoding for running in self._running)
+                self.kv_pool.write_ahead()
                 self._admit()
                 self._compute()
             finally:

@@ -7,7 +7,8 @@ One folder has one limit, whoever writes to it: several processes, or several mo
 renames, so nobody ever sees half of one, and no lock is needed; a file that has vanished, or is damaged, is a
 prompt that is computed again. Nothing here is an error for a chat: what fails is logged.
 
-Knows nothing of engines; flashmoe/session_file.py knows what is inside a file. For one thread at a time.
+Knows nothing of engines; flashmoe/session_file.py knows what is inside a file. For one thread at a time, but
+for `Saving.write`.
 """
 
 import logging
@@ -47,6 +48,28 @@ class _FileOnDisk:
     used_ns: int  # the file's time: when it was last written or loaded
 
 
+@dataclass(slots=True)
+class Saving:
+    """A session that is to be written: what `SessionStore.begin_save` gives and `end_save` takes."""
+
+    path: Path
+    fingerprint: str
+    key: str
+    ids: NDArray[np.int64]
+    layers: Sequence[tuple[Tensor, Tensor]]
+    replaced: Sequence[str]
+    error: Exception | None = None
+    is_written: bool = False
+
+    def write(self) -> None:
+        """In any thread; the rows must stay as they are meanwhile. What fails is kept for `end_save`."""
+        try:
+            write_session(self.path, self.fingerprint, self.ids, self.layers)
+            self.is_written = True
+        except Exception as error:
+            self.error = error
+
+
 class SessionStore:
     """Stored sessions of one model. Tokens that begin with the same ids have the same first rows."""
 
@@ -84,15 +107,24 @@ class SessionStore:
         A stored session that these tokens go on from is replaced; if a stored one goes on from these, nothing
         is written. The least recently used ones go where the folder's limit asks for it.
         """
+        saving = self.begin_save(tokens, layers)
+        if saving is not None:
+            saving.write()
+            self.end_save(saving)
+
+    def begin_save(
+        self, tokens: Sequence[int], layers: Sequence[tuple[Tensor, Tensor]]
+    ) -> Saving | None:
+        """As `save`, up to the writing, for which there is room then; None if nothing is to be written."""
         ids = np.asarray(tokens, np.int64)
         stored = _as_bytes(ids)
         if not len(ids):
-            return
+            return None
         self._refresh()
         longer = self._that_goes_on(stored)
         if longer is not None:
             self._touch(longer)
-            return
+            return None
         _, heads, head_dim = layers[0][0].shape
         nbytes = file_bytes(len(ids), len(layers), heads, head_dim)
         if nbytes > self.limit_bytes:
@@ -100,18 +132,21 @@ class SessionStore:
                 "a session of %d tokens is not stored: it needs %s, --session-cache-size is %s",
                 len(ids), format_bytes(nbytes), format_bytes(self.limit_bytes),
             )  # fmt: skip
-            return
+            return None
         key = session_key(self.fingerprint, ids)
         replaced = [of for shorter, of in self._sorted if stored.startswith(shorter)]
-        try:
-            self._make_room(nbytes, {self._path(of) for of in replaced})
-            write_session(self._path(key), self.fingerprint, ids, layers)
-        except StorageError as error:
-            log.warning("a session of %d tokens is not stored: %s", len(ids), error)
+        self._make_room(nbytes, {self._path(of) for of in replaced})
+        return Saving(self._path(key), self.fingerprint, key, ids, layers, replaced)
+
+    def end_save(self, saving: Saving) -> None:
+        """Take in what was written, or log why it was not."""
+        if saving.error is not None:
+            log.warning("a session of %d tokens is not stored: %s", len(saving.ids), saving.error)
+        if not saving.is_written:
             return
-        self._add(key, stored)
-        self._touch(key)
-        for of in replaced:
+        self._add(saving.key, _as_bytes(saving.ids))
+        self._touch(saving.key)
+        for of in saving.replaced:
             self._remove(self._path(of))
         self._make_room(0, set())  # what others have written meanwhile counts, too
 

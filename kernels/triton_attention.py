@@ -17,7 +17,6 @@ Axis letters: B rows, H query heads, G KV heads, d head size, P pages of keys an
 import math
 from typing import Final
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -124,9 +123,9 @@ def attend_rows(
 ) -> None:
     """out [B, H d] fp32 = softmax(q k^T / sqrt(d)) v of each row over what it sees.
 
-    q [B, H, d], keys and values [P, page, G, d] fp16, contiguous; a page is of a multiple of 64 keys. Row b is
-    the token at positions[b], int32 [B], of the sequence whose keys and values lie in pages[b], int32 [B, M],
-    one page after the other; it sees the keys up to its own, of which the last `window` (None: all).
+    q [B, H, d], keys and values [P, page, G, d] fp16, contiguous; a page is of a multiple of 64 keys. Row b
+    is the token at positions[b], int32 [B], of the sequence whose keys and values lie in pages[b], int32
+    [B, M], one page after the other; it sees the keys up to its own, of which the last `window` (None: all).
     most_keys: no row's position is as large. workspace: fp32, at least `attention_workspace` of this or a
     larger most_keys.
     """

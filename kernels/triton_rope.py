@@ -1,7 +1,8 @@
 """Queries, keys and values of tokens on a GPU: norms, clipping, rotary embedding, into the KV cache.
 
-In the order of kernels/cpu/attention.cpp. Axis letters: T tokens, each the newest of a sequence, H query heads, G KV heads, d head size, P pages, M of
-a sequence.
+In the order of kernels/cpu/attention.cpp. One compiled kernel takes any number of tokens: a token's bits do
+not depend on those beside it.
+Axis letters: T tokens, H query heads, G KV heads, d head size, P pages of the KV cache, M of a sequence.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -13,23 +14,22 @@ from torch import Tensor
 from kernels.triton_gemv import launch_options, wait_for_inputs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_pages"])
 def _rope_and_store(
     qkv, cos, sin, pages, positions, keys, values, q_out, q_norm, k_norm, eps, clip, most_pages,
-    PAGE: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    d: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr, QK_NORM: tl.constexpr, CLIP: tl.constexpr,
-    PDL: tl.constexpr,
+    PAGE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, BLOCK: tl.constexpr,
+    FULL: tl.constexpr, QK_NORM: tl.constexpr, CLIP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One head of one token a program: query heads, then keys, then values."""
     wait_for_inputs(PDL)
     t, head = tl.program_id(0), tl.program_id(1)
-    place = tl.load(positions + t)
-    page = tl.load(pages + t * most_pages + place // PAGE)
+    place = tl.load(positions + t).to(tl.int64)
+    page = tl.load(pages + t * most_pages + place // PAGE).to(tl.int64)
     of_token = qkv + t * (H + 2 * G) * d
     i = tl.arange(0, BLOCK)
     inside = i < d
     x = of_token + head * d
-    cached = (page.to(tl.int64) * PAGE + place % PAGE) * G * d + i
+    cached = (page * PAGE + place % PAGE) * (G * d) + i
     if head >= H + G:
         v = tl.load(x + i, mask=inside, other=0.0)
         if CLIP:
@@ -59,7 +59,7 @@ def _rope_and_store(
             weight = k_norm if is_key else q_norm
             v = v * scale * tl.load(weight + i, mask=inside, other=0.0)
             other = other * scale * tl.load(weight + partner, mask=inside, other=0.0)
-        angle = place.to(tl.int64) * d + i
+        angle = place * d + i
         c = tl.load(cos + angle, mask=inside, other=0.0)
         s = tl.load(sin + angle, mask=inside, other=0.0)
         rotated = v * c + tl.where(i < d // 2, -other, other) * s
@@ -90,19 +90,19 @@ def rope_and_store(
 ) -> None:
     """Norm, clip and rotate queries and keys; queries into q_out, keys and values into the cache.
 
-    qkv [T, (H + 2 G) d] fp32; cos, sin [context, d] fp32; positions int32 [T] and pages
-    int32 [T, M] on the device: where each token is in its sequence, and whose pages; keys, values
-    [P, page, G, d] and q_out [T, H, d] of any one float type. qk_norm: "none", "head" (q_norm,
+    qkv [T, (H + 2 G) d] fp32; cos, sin [context, d] fp32. Token t is that at positions[t], int32 [T] on the
+    device, of the sequence whose pages are pages[t], int32 [T, M], and goes there in keys, values
+    [P, page, G, d]. q_out [T, H, d], of keys' and values' float type. qk_norm: "none", "head" (q_norm,
     k_norm [d]; after clipping) or "full" ([H d], [G d]; before). clip 0: none. Halves are paired as in
     Hugging Face checkpoints.
     """
     tokens = len(qkv)
     assert qkv.shape == (tokens, (heads + 2 * kv_heads) * head_dim) and qkv.is_contiguous()
-    assert qk_norm in ("none", "head", "full")
-    block = triton.next_power_of_2(head_dim)
+    assert keys.shape[2:] == (kv_heads, head_dim) and all(t.is_contiguous() for t in (keys, values, pages))
+    assert len(pages) == len(positions) == tokens and qk_norm in ("none", "head", "full")
     _rope_and_store[(tokens, heads + 2 * kv_heads)](
         qkv, cos, sin, pages, positions, keys, values, q_out, qkv if q_norm is None else q_norm,
-        qkv if k_norm is None else k_norm, eps, clip, pages.shape[1], PAGE=keys.shape[1], H=heads, G=kv_heads, d=head_dim, BLOCK=block,
-        FULL=triton.next_power_of_2(heads * head_dim), QK_NORM=qk_norm, CLIP=clip > 0,
-        num_warps=4 if qk_norm == "full" else 1, **launch_options(qkv.device),
+        qkv if k_norm is None else k_norm, eps, clip, pages.shape[1], PAGE=keys.shape[1], H=heads, G=kv_heads,
+        d=head_dim, BLOCK=triton.next_power_of_2(head_dim), FULL=triton.next_power_of_2(heads * head_dim),
+        QK_NORM=qk_norm, CLIP=clip > 0, num_warps=4 if qk_norm == "full" else 1, **launch_options(qkv.device),
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""How a token begins on a GPU: its row of the embedding matrix, and which keys it sees. Triton kernels.
+"""How tokens begin on a GPU: their rows of the embedding matrix, by a Triton kernel.
 
-Axis letters: T tokens, D hidden, B keys.
+Axis letters: T tokens, D hidden.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -55,26 +55,4 @@ def embed_rows(matrix: GpuMatrix, ids: Tensor, out: Tensor, missed: Tensor, no_m
     _embed[(len(ids),)](
         matrix.data, ids, out, missed, NO_MISS=no_miss, D=matrix.columns, C=columns, FORMAT=matrix.format,
         num_warps=max(1, min(8, columns // 256)), **launch_options(out.device),
-    )  # fmt: skip
-
-
-@triton.jit
-def _mark_visible(
-    position, mask, keys, window, hidden_value, WINDOW: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
-    wait_for_inputs(PDL)
-    at = tl.load(position)
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    seen = place <= at
-    if WINDOW:
-        seen = seen & (place > at - window)
-    tl.store(mask + place, tl.where(seen, 0.0, hidden_value).to(mask.dtype.element_ty), mask=place < keys)
-
-
-def mark_visible(position: Tensor, mask: Tensor, window: int | None, hidden_value: float) -> None:
-    """mask [B] = 0 for keys that a token at position int32 [1] sees, else hidden_value. window None: all."""
-    block = 1024
-    _mark_visible[(triton.cdiv(len(mask), block),)](
-        position, mask, len(mask), window or 0, hidden_value, WINDOW=window is not None, BLOCK=block,
-        num_warps=4, **launch_options(mask.device),
     )  # fmt: skip

@@ -230,13 +230,15 @@ def rope_call(tokens: int, heads: int = 32, kv_heads: int = 4, head_dim: int = 1
     """Of Qwen3-30B-A3B's heads."""
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, device=DEVICE)
     cos, sin = (torch.randn(4096, head_dim, device=DEVICE) for _ in range(2))
-    keys, values = (torch.zeros(4096, kv_heads, head_dim, device=DEVICE).bfloat16() for _ in range(2))
-    q = torch.empty(tokens, heads, head_dim, device=DEVICE, dtype=torch.bfloat16)
-    position, norm = torch.tensor([77], device=DEVICE, dtype=torch.int32), torch.rand(head_dim, device=DEVICE)
+    keys, values = (torch.zeros(tokens, 4096, kv_heads, head_dim, device=DEVICE).half() for _ in range(2))
+    q = torch.empty(tokens, heads, head_dim, device=DEVICE, dtype=torch.float16)
+    sequences = torch.arange(tokens, device=DEVICE, dtype=torch.int32)
+    positions, norm = torch.full_like(sequences, 77), torch.rand(head_dim, device=DEVICE)
 
     def call() -> None:
         rope_and_store(
-            qkv, cos, sin, position, keys, values, q, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+            qkv, cos, sin, sequences[:, None], positions, keys, values, q,
+            heads=heads, kv_heads=kv_heads, head_dim=head_dim,
             qk_norm="head", q_norm=norm, k_norm=norm, eps=1e-6,
         )  # fmt: skip
 

@@ -72,9 +72,12 @@ def serving(
     limits: Limits | None = None,
     drain_s: float = 0.0,
     allowed_hosts: Sequence[str] = (),
+    cors_origins: Sequence[str] = (),
 ) -> Iterator[Server]:
     """Serve `llm`, or a model that is still loading; the LLM stays open afterwards."""
-    options = ServeOptions(name, "127.0.0.1", 0, api_key, allowed_hosts, queue, drain_s, limits or Limits())
+    options = ServeOptions(
+        name, "127.0.0.1", 0, api_key, allowed_hosts, queue, drain_s, limits or Limits(), cors_origins
+    )
     service = Service(name, options.limits)
     listening = bind(options.host, options.port)
     server = HttpServer(service, options)

@@ -15,13 +15,13 @@ from flashmoe.api import LLM
 from flashmoe.errors import ConfigError
 from flashmoe.integrations.asgi import UNREAD_PIECES, HttpRequest, Message, call_app
 from flashmoe.integrations.batches import FlashMoEBatch
-from flashmoe.integrations.sessions import session_key
+from flashmoe.integrations.sessions import conversation_key
 
 SYSTEM = {"role": "system", "content": "You are terse."}
 
 
 def key(**body: Any) -> str:
-    return session_key({}, json.dumps(body).encode())
+    return conversation_key({}, json.dumps(body).encode())
 
 
 def user(text: Any) -> dict[str, Any]:
@@ -58,7 +58,8 @@ def test_a_client_may_name_its_conversation(field: str) -> None:
 
 def test_the_header_goes_before_the_body_and_the_session_before_the_person() -> None:
     body = json.dumps({"messages": [user("a")], "user": "me", "session_id": "chat 7"}).encode()
-    assert session_key({"x-session-id": "chat 7"}, body) == session_key({}, body) == key(session_id="chat 7")
+    named = key(session_id="chat 7")
+    assert conversation_key({"x-session-id": "chat 7"}, body) == conversation_key({}, body) == named
 
 
 def test_a_prompt_that_grows_keeps_its_name() -> None:
@@ -76,7 +77,7 @@ NO_CONVERSATIONS = [
 
 @pytest.mark.parametrize("body", NO_CONVERSATIONS, ids=lambda body: body[:20].decode("latin-1"))
 def test_what_is_no_conversation_has_no_name(body: bytes) -> None:
-    assert session_key({}, body) == ""
+    assert conversation_key({}, body) == ""
 
 
 NAMES = st.sampled_from(["messages", "prompt", "role", "content", "user", "session_id"])
@@ -85,7 +86,7 @@ PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) |
 
 @given(st.recursive(PLAIN, lambda inner: st.lists(inner) | st.dictionaries(NAMES, inner)))
 def test_any_json_has_a_name_or_none(body: Any) -> None:
-    name = session_key({}, json.dumps(body).encode())
+    name = conversation_key({}, json.dumps(body).encode())
     assert name == "" or len(name) == 32
 
 

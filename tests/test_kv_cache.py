@@ -1,14 +1,21 @@
 """Memory of keys and values: what is valid, what is forgotten, who shares a beginning, what is counted."""
 
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashmoe.config import ModelConfig, parse_model_config
 from flashmoe.kv_cache import BLOCK, KVCache, KVPool, shared_prefix
-from flashmoe.session_store import SessionStore
+from flashmoe.session_store import Saving, SessionStore
+from storage.storage_errors import StorageError
 
 LAYERS, GROUPS, HEAD = 3, 2, 4
 CONTEXT = 4 * BLOCK
@@ -196,6 +203,195 @@ def test_what_is_cut_for_want_of_room_is_stored_first(tmp_path: Path) -> None:
     assert store.longest_prefix(whole)[1] == len(whole)
 
 
+# Written while others decode
+
+
+class Drive:
+    """Writes wait for the test's word, or fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.may_write, self.asked = threading.Event(), threading.Semaphore(0)
+        self.error: Exception | None = None
+        write = Saving.write
+
+        def slowly(saving: Saving) -> None:
+            self.asked.release()
+            assert self.may_write.wait(60)
+            if self.error is None:
+                write(saving)
+            else:
+                saving.error = self.error
+
+        monkeypatch.setattr(Saving, "write", slowly)
+
+
+@pytest.fixture
+def drive(monkeypatch: pytest.MonkeyPatch) -> Drive:
+    return Drive(monkeypatch)
+
+
+@contextmanager
+def busy_pool(folder: Path, total: int = 4 * BLOCK) -> Iterator[tuple[KVPool, SessionStore]]:
+    store = SessionStore(folder / "kept", 1 << 30, "ab" * 32)
+    memory = KVPool(config(), CONTEXT, total, store)
+    memory.is_busy = True
+    yield memory, store
+    memory.close()
+    assert memory.used_tokens == 0 and not memory.kept
+
+
+def test_nothing_is_lost_that_is_dropped_while_others_decode(tmp_path: Path, drive: Drive) -> None:
+    """The oldest is written while there still is room; when there is none, it goes, and comes back."""
+    with busy_pool(tmp_path) as (memory, store):
+        oldest, newer = [1] * 2 * BLOCK, [2] * (BLOCK + 20)
+        kept(memory, oldest)
+        memory.write_ahead()
+        assert memory._writing is None  # half of all is free
+        kept(memory, newer)
+        memory.write_ahead()
+        assert memory._writing is not None and [kv.tokens for kv in memory.kept] == [newer]
+        assert memory.used_tokens == 4 * BLOCK, "its memory is counted"
+        drive.may_write.set()
+        running = memory.take([3] * 9)
+        assert memory.grow(running, 9)
+        memory.release(running)
+        assert store.longest_prefix(oldest)[1] == len(oldest)
+        assert [kv.tokens for kv in memory.kept] == [newer]
+
+
+def test_what_is_on_disk_is_not_written_again_and_a_reserve_is_enough(tmp_path: Path, drive: Drive) -> None:
+    drive.may_write.set()
+    with busy_pool(tmp_path) as (memory, _):
+        for first in (1, 2):
+            kept(memory, [first] * 2 * BLOCK)
+        for _ in range(9):
+            memory.write_ahead()
+            if memory._writing is not None:
+                memory._writing.thread.join()
+        assert [kv.tokens[0] for kv in memory.kept] == [1, 2]
+        assert drive.asked.acquire(blocking=False) and not drive.asked.acquire(blocking=False)
+
+
+def test_with_nobody_decoding_no_thread_writes(tmp_path: Path, drive: Drive) -> None:
+    drive.may_write.set()
+    with busy_pool(tmp_path) as (memory, _):
+        kept(memory, [1] * CONTEXT)
+        memory.is_busy = False
+        memory.write_ahead()
+        assert memory._writing is None and memory.save_one()
+
+
+def test_a_conversation_that_goes_on_while_it_is_written_waits_and_is_whole(
+    tmp_path: Path, drive: Drive
+) -> None:
+    with busy_pool(tmp_path) as (memory, store):
+        tokens = [1] * (3 * BLOCK + 20)
+        whole = kept(memory, tokens)
+        memory.write_ahead()
+        assert drive.asked.acquire(timeout=60)
+        threading.Timer(0.0, drive.may_write.set).start()
+        again = memory.take([*tokens, 7, 7])
+        assert again is whole and holds(again, tokens) and memory._writing is None
+        fill(again, [7, 7])
+        memory.release(again)
+        kv = memory.take([*tokens, 8])
+        assert holds(kv, tokens), "what the file holds"
+        memory.release(kv)
+
+
+def test_a_beginning_is_copied_from_a_sequence_that_is_written(tmp_path: Path, drive: Drive) -> None:
+    """Nobody waits: it is only read."""
+    with busy_pool(tmp_path, 6 * BLOCK) as (memory, _):
+        system = [1] * 20
+        kept(memory, system + [2] * (3 * BLOCK + 20))
+        running = memory.take([9] * 9)
+        assert memory.grow(running, BLOCK + 1)
+        memory.write_ahead()
+        assert memory._writing is not None and not memory._writing.saving.is_written
+        memory.release(running)
+        fresh = memory.take(system + [3] * 20)
+        assert holds(fresh, system) and memory._writing is not None
+        memory.release(fresh)
+        drive.may_write.set()
+
+
+def test_a_disk_that_fails_costs_the_file_and_nothing_else(
+    tmp_path: Path, drive: Drive, caplog: pytest.LogCaptureFixture
+) -> None:
+    drive.error = StorageError("no space left on device")
+    drive.may_write.set()
+    with busy_pool(tmp_path) as (memory, store):
+        tokens = [1] * CONTEXT
+        kv = kept(memory, tokens)
+        memory.write_ahead()
+        assert memory._writing is not None
+        memory._writing.thread.join()
+        memory.write_ahead()
+        assert memory.kept == [kv] and holds(kv, tokens) and not len(store)
+        memory.write_ahead()
+        assert memory._writing is None, "it is not tried again for ever"
+    assert [record.message for record in caplog.records] == [
+        f"a session of {CONTEXT} tokens is not stored: no space left on device"
+    ]
+
+
+def test_closing_waits_for_what_is_written(tmp_path: Path, drive: Drive) -> None:
+    with busy_pool(tmp_path) as (memory, store):
+        kept(memory, [1] * 2 * BLOCK)
+        kept(memory, [2] * 2 * BLOCK)
+        memory.write_ahead()
+        assert drive.asked.acquire(timeout=60)
+        threading.Timer(0.0, drive.may_write.set).start()
+    assert len(store) == 2
+
+
+@pytest.mark.parametrize("where", ["start", "join", "end"])
+def test_a_ctrl_c_around_a_write_loses_nothing(
+    tmp_path: Path, drive: Drive, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Before the thread runs, while it is waited for, and before it is noted."""
+    drive.may_write.set()
+    with busy_pool(tmp_path) as (memory, store):
+        kept(memory, [1] * CONTEXT)
+        target: Any = SessionStore if where == "end" else threading.Thread
+        name = {"start": "start", "join": "join", "end": "end_save"}[where]
+
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            if where == "start":
+                patch.setattr(target, name, interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    memory.write_ahead()
+            else:
+                memory.write_ahead()
+                patch.setattr(target, name, interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    memory._end_write()
+        memory._end_write()
+        assert [holds(kv, [1] * CONTEXT) for kv in memory.kept] == [True]
+        assert memory.used_tokens == sum(memory._counted.values())
+    assert len(store) == 1
+
+
+def test_what_became_a_beginning_of_another_while_it_was_written_is_not_kept_twice(
+    tmp_path: Path, drive: Drive
+) -> None:
+    with busy_pool(tmp_path, 6 * BLOCK) as (memory, _):
+        kept(memory, [1] * 2 * BLOCK)
+        kept(memory, [2] * 3 * BLOCK)
+        memory.write_ahead()
+        longer = memory._new()
+        drive.may_write.set()
+        assert memory.grow(longer, 2 * BLOCK + 9)
+        fill(longer, [1] * (2 * BLOCK + 9))
+        memory.keep(longer)
+        memory._end_write()
+        assert [len(kv.tokens) for kv in memory.kept if kv.tokens[0] == 1] == [2 * BLOCK + 9]
+        assert memory.used_tokens == sum(memory._counted.values())
+
+
 def test_a_prompt_that_cannot_have_room_drops_nobody() -> None:
     memory = pool(CONTEXT)
     running = memory.take([1] * 9)
@@ -238,9 +434,20 @@ def test_a_sequence_that_is_the_beginning_of_another_is_not_kept_twice() -> None
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_whatever_happens_rows_are_those_of_their_tokens_and_the_count_is_right(data: st.DataObject) -> None:
-    memory = pool(6 * BLOCK)
+    """With a folder that sequences are written to while others decode, too."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = SessionStore(Path(folder, "kept"), 1 << 30, "ab" * 32) if data.draw(st.booleans()) else None
+        memory = KVPool(config(), CONTEXT, 6 * BLOCK, store)
+        check_whatever_happens(data, memory)
+        memory.close()
+        assert memory.used_tokens == sum(memory._counted.values())
+
+
+def check_whatever_happens(data: st.DataObject, memory: KVPool) -> None:
     running: list[tuple[KVCache, list[int]]] = []
     for _ in range(data.draw(st.integers(1, 12))):
+        memory.is_busy = data.draw(st.booleans())
+        memory.write_ahead()
         if running and data.draw(st.booleans()):
             kv, tokens = running.pop(data.draw(st.integers(0, len(running) - 1)))
             assert holds(kv, tokens)

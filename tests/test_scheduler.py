@@ -20,6 +20,7 @@ from flashmoe.queue_pace import UNKNOWN_S, QueuePace
 from flashmoe.recorder import Recorder
 from flashmoe.sampler import SamplingParams
 from flashmoe.scheduler import Scheduler
+from flashmoe.session_store import SessionStore
 from flashmoe.tokenizer import Tokenizer
 from kernels.native import make_context
 from storage.storage_errors import ReadError
@@ -324,6 +325,31 @@ def test_the_youngest_gives_way_even_if_its_prompt_is_under_way(one: Path, alone
     bench.run()
     for request, length, count in ((oldest, 125, 100), (youngest, 120, 4)):
         assert request.tokens[length:] == alone_one.answer(request.tokens[:length], count)
+    bench.close()
+
+
+def test_conversations_that_are_dropped_while_another_decodes_are_on_disk(
+    one: Path, alone_one: Bench, tmp_path: Path
+) -> None:
+    bench = Bench(one)
+    bench.pool._store = store = SessionStore(tmp_path / "kept", 1 << 30, "ab" * 32)
+    staying = bench.submit(prompt(9, 5), 250)
+    turns = [bench.submit(prompt(0, 120), 4)]
+    while not staying.is_finished:
+        bench.scheduler.step()
+        if turns[-1].is_finished and len(turns) < 9:
+            turns.append(bench.submit(prompt(len(turns), 120), 4))
+    bench.run()
+    in_memory = {tuple(kv.tokens[:120]) for kv in bench.pool.kept}
+    gone = [turn for turn in turns if tuple(turn.tokens[:120]) not in in_memory]
+    assert len(turns) == 9 and gone
+    for turn in gone:
+        assert store.longest_prefix(turn.tokens)[1] == len(turn.tokens) - 1
+    again = bench.submit([*gone[0].tokens, 5], 9)
+    bench.run()
+    assert again.stats.cached_tokens == len(gone[0].tokens) - 1
+    assert again.tokens[-9:] == alone_one.answer([*gone[0].tokens, 5], 9)
+    bench.pool.close()
     bench.close()
 
 

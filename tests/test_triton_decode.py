@@ -137,27 +137,30 @@ def reference_heads(
 @pytest.mark.parametrize("clip", [0.0, 0.7])
 @pytest.mark.parametrize("mode", ["none", "head", "full"])
 def test_queries_and_keys_are_normed_clipped_and_rotated_into_the_cache(mode: str, clip: float) -> None:
-    heads, kv_heads, d, tokens, at, context = 6, 2, 24, 3, 4, 9
+    heads, kv_heads, d, tokens, context, page = 6, 2, 24, 3, 9, 3
+    pages = torch.tensor([[1, 5, 3], [4, 0, 2], [1, 5, 3]], dtype=torch.int32)  # of each token's sequence
+    positions = torch.tensor([4, 8, 0], dtype=torch.int32)
     qkv = random(1, tokens, (heads + 2 * kv_heads) * d)
     angle = random(2, context, d // 2).repeat(1, 2)
     cos, sin = angle.cos(), angle.sin()
     q_weight = random(3, heads * d if mode == "full" else d) if mode != "none" else None
     k_weight = random(4, kv_heads * d if mode == "full" else d) if mode != "none" else None
-    keys, values = (poisoned(context, kv_heads, d, dtype=torch.float16) for _ in range(2))
+    keys, values = (poisoned(6, page, kv_heads, d, dtype=torch.float16) for _ in range(2))
     q_out = poisoned(tokens, heads, d, dtype=torch.float16)
-    position = torch.tensor([at], dtype=torch.int32)
     rope_and_store(
-        *on_device(qkv, cos, sin, position), keys, values, q_out, heads=heads, kv_heads=kv_heads, head_dim=d,
+        *on_device(qkv, cos, sin, pages, positions), keys, values, q_out,
+        heads=heads, kv_heads=kv_heads, head_dim=d,
         qk_norm=mode, q_norm=None if q_weight is None else q_weight.to(DEVICE),
         k_norm=None if k_weight is None else k_weight.to(DEVICE), eps=1e-5, clip=clip,
     )  # fmt: skip
     q, k, v = (part.view(tokens, -1, d) for part in qkv.split([heads * d, kv_heads * d, kv_heads * d], 1))
-    angles = cos[at : at + tokens], sin[at : at + tokens]
+    at = torch.tensor([5, 2, 1]), torch.tensor([1, 2, 0])  # pages and places in them
+    angles = cos[positions.long()], sin[positions.long()]
     half = 5e-4
     assert distance(q_out, reference_heads(q, q_weight, mode, clip, *angles, 1e-5)) < half
-    assert distance(keys[at : at + tokens], reference_heads(k, k_weight, mode, clip, *angles, 1e-5)) < half
-    assert distance(values[at : at + tokens], v.clamp(-clip, clip) if clip else v) < half
-    outside = [i for i in range(context) if not at <= i < at + tokens]
+    assert distance(keys[at], reference_heads(k, k_weight, mode, clip, *angles, 1e-5)) < half
+    assert distance(values[at], v.clamp(-clip, clip) if clip else v) < half
+    outside = torch.ones(6, page, dtype=torch.bool).index_put(at, torch.tensor(False))
     assert keys[outside].isnan().all() and values[outside].isnan().all()
 
 

@@ -22,7 +22,8 @@ REGISTERS = {1: 255, 2: 255, 4: 255, 8: 255, 16: 128}  # that a thread of so man
 
 POINTERS = {
     "base": "*u8", "arena": "*u8", "slots": "*i32", "ids": "*i32", "table": "*i32", "missed": "*i32",
-    "position": "*i32", "keys": "*bf16", "values": "*bf16", "q_out": "*bf16",
+    "position": "*i32", "keys": "*fp16", "values": "*fp16", "q": "*fp16", "q_out": "*fp16",
+    "positions": "*i32", "sequences": "*i32", "context": "i32", "splits": "i32", "window": "i32",
     "eps": "fp32", "clip": "fp32", "rows": "i32", "layer": "i32", "stride": "i64",
     "ram": "*u8", "ram_stride": "i64", "first_in_ram": "i32",
 }  # fmt: skip
@@ -64,7 +65,12 @@ def kernels(pdl: bool) -> dict[str, tuple[str, dict[str, Any], int]]:
     found["choice"] = ("_choose_experts", constants, 4)
     found["combine"] = ("_combine", {"D": 2048, "K": 8, "BLOCK": 256, "PDL": pdl}, 2)
     constants = {"H": 32, "G": 4, "d": 128, "BLOCK": 128, "FULL": 4096, "QK_NORM": "head", "CLIP": False}
-    found["rope"] = ("_rope_and_store", {**constants, "PDL": pdl}, 1)
+    found["rope"] = ("_rope_and_store", {**constants, "PAGE": 64, "PDL": pdl}, 1)
+    for d, block in ((64, 64), (128, 128)):
+        constants = {"H": 32, "d": d, "BLOCK": block, "SPLIT": 128, "PDL": pdl}
+        found[f"join {d}"] = ("_join_rows", {**constants, "JOINED": 32}, 4)
+        constants |= {"G": 4, "SCALE": 0.1, "QUERIES": 16, "STEP": 64, "STAGES": 3, "UNSEEN": -1e30}
+        found[f"attend {d}"] = ("_attend_splits", {**constants, "PAGE": 64}, 4)
     return found
 
 
@@ -74,11 +80,11 @@ def compile_all(sm: int) -> dict[str, dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kernels import triton_decode, triton_rope, triton_router
+    from kernels import triton_attention, triton_decode, triton_rope, triton_router
 
     found = {}
     for name, (kernel_name, constants, warps) in kernels(pdl=sm >= 90).items():
-        modules = (triton_decode, triton_rope, triton_router)
+        modules = (triton_attention, triton_decode, triton_rope, triton_router)
         kernel = next(getattr(module, kernel_name) for module in modules if hasattr(module, kernel_name))
         signature = {
             argument: "constexpr" if argument in constants else POINTERS.get(argument, "*fp32")
@@ -98,6 +104,7 @@ def compile_all(sm: int) -> dict[str, dict[str, Any]]:
             "shared": compiled.metadata.shared,
             "loads": {n: len(re.findall(rf"ld\.global[^;]*\.{n}\b", ptx)) for n in ("v4", "v2", "b8", "u8")},
             "dp4a": ptx.count("dp4a"),
+            "copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
             **_resources(compiled.asm["cubin"], Path(triton.__file__).parent / "backends/nvidia/bin"),
         }
     return found
@@ -144,6 +151,13 @@ def test_weights_are_read_128_bits_at_a_time_and_no_byte_alone(sm: int) -> None:
 @pytest.mark.parametrize("sm", SHARED_BYTES)
 def test_packed_weights_meet_activations_four_at_a_time(sm: int) -> None:
     assert all(found["dp4a"] for name, found in compiled(sm).items() if "int" in name)
+
+
+@pytest.mark.parametrize("sm", SHARED_BYTES)
+def test_all_keys_and_values_of_a_split_are_copied_at_once_16_bytes_a_time(sm: int) -> None:
+    for d in (64, 128):
+        # Of 4 warps; the loop holds each of them once more, for rounds that do not come.
+        assert compiled(sm)[f"attend {d}"]["copies"] >= 2 * 128 * d * 2 // (16 * 128)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 
 from kernels.expert_slots import BITS, FLOATS, pack_matrix, unpack_matrix
 from kernels.triton_decode import GpuMatrix
-from kernels.triton_token import embed_rows, mark_visible
+from kernels.triton_token import embed_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -22,12 +22,3 @@ def test_rows_of_the_embedding_are_those_that_the_format_holds(format: str, colu
     missed = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     embed_rows(GpuMatrix(data.to(DEVICE), format, 37, columns), ids.to(DEVICE), out, missed, 99)
     assert torch.equal(out.cpu(), unpack_matrix(format, data, 37, columns)[ids]) and missed.item() == 99
-
-
-@pytest.mark.parametrize("window", [None, 5])
-def test_a_token_sees_itself_and_what_came_before_within_the_window(window: int | None) -> None:
-    mask = torch.full((1500,), math.nan, dtype=torch.float16, device=DEVICE)
-    mark_visible(torch.tensor([1100], dtype=torch.int32, device=DEVICE), mask, window, -3e4)
-    first = 0 if window is None else 1096
-    assert mask.nonzero().flatten().tolist() == [i for i in range(1500) if not first <= i <= 1100]
-    assert set(mask.tolist()) == {0.0, -30000.0}

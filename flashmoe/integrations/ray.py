@@ -36,7 +36,7 @@ from flashmoe.api import LLM
 from flashmoe.errors import BudgetError, ConfigError
 from flashmoe.integrations.asgi import HttpRequest, call_app
 from flashmoe.integrations.batches import FlashMoEBatch
-from flashmoe.integrations.sessions import session_key
+from flashmoe.integrations.sessions import conversation_key
 from flashmoe.server.app import create_api
 from flashmoe.server.errors import ApiError
 from flashmoe.server.limits import Limits
@@ -150,7 +150,7 @@ class _Gateway:
             await JSONResponse(error.body(), 404)(scope, receive, send)
             return
         body = (await receive()).get("body", b"")  # Guard has it whole
-        handle = self._replicas.options(stream=True, session_id=session_key(headers, body))
+        handle = self._replicas.options(stream=True, session_id=conversation_key(headers, body))
         query = scope["query_string"].decode("latin-1")
         parts = handle.http.remote(scope["method"], path, query, list(headers.items()), body)
         sent: list[Message] = []

@@ -14,19 +14,19 @@ SESSION_FIELDS = ("session_id", "prompt_cache_key", "user")
 PROMPT_CHARACTERS = 512  # of a plain prompt; it may be longer the next time, its beginning stays
 
 
-def session_key(headers: Mapping[str, str], body: bytes) -> str:
+def conversation_key(headers: Mapping[str, str], body: bytes) -> str:
     """A name for the conversation that an HTTP request goes on with; "" if it is none.
 
     `headers` by lower-case names. The client's own name for it, or else its first messages up to the first of
     the user's: they come again with every turn.
     """
     try:
-        return _session_key(headers, body)
+        return _conversation_key(headers, body)
     except (ValueError, RecursionError):
         return ""  # not JSON, or nested without end: the replica says so
 
 
-def _session_key(headers: Mapping[str, str], body: bytes) -> str:
+def _conversation_key(headers: Mapping[str, str], body: bytes) -> str:
     named = headers.get(SESSION_HEADER, "")
     if named:
         return _digest(["named", named])

@@ -14,6 +14,7 @@ import flashmoe
 from flashmoe.server import errors
 from flashmoe.server.chat import chat
 from flashmoe.server.completions import complete
+from flashmoe.server.cors import AllowedOrigins
 from flashmoe.server.metrics import CONTENT_TYPE
 from flashmoe.server.schemas import (
     ChatCompletion,
@@ -39,9 +40,11 @@ REVALIDATE = {"Cache-Control": "no-cache"}
 _EVENTS = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 
 
-def create_app(service: Service, hosts: AllowedHosts, api_key: str | None = None) -> ASGIApp:
-    """The whole application, guarded."""
-    return Guard(create_api(service), service.limits, hosts, api_key, service.metrics.refused)
+def create_app(
+    service: Service, hosts: AllowedHosts, api_key: str | None = None, origins: AllowedOrigins | None = None
+) -> ASGIApp:
+    """The whole application, guarded. `origins`: whose pages may use it beside its own."""
+    return Guard(create_api(service), service.limits, hosts, api_key, service.metrics.refused, origins)
 
 
 def create_api(service: Service) -> FastAPI:

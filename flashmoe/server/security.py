@@ -7,14 +7,15 @@ One ASGI layer around the whole application; it has the whole body before anythi
 import asyncio
 import hmac
 import ipaddress
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flashmoe.server.cors import AllowedOrigins, answer_headers, is_preflight, preflight_headers
 from flashmoe.server.errors import ApiError
 from flashmoe.server.limits import Limits
 
@@ -55,10 +56,11 @@ class Guard:
 
     def __init__(
         self, app: ASGIApp, limits: Limits, hosts: AllowedHosts, api_key: str | None,
-        note: Callable[[int], None] = lambda status: None,
+        note: Callable[[int], None] = lambda status: None, origins: AllowedOrigins | None = None,
     ) -> None:  # fmt: skip
-        """`note` is told the status of each refusal."""
+        """`note` is told the status of each refusal; pages of `origins` may ask, too."""
         self._app, self._limits, self._hosts, self._note = app, limits, hosts, note
+        self._origins = origins or AllowedOrigins()
         self._key = None if api_key is None else api_key.encode("utf-8")
         self._held_bytes = 0  # of all requests under way
 
@@ -66,35 +68,54 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        guarded = _with_headers(send)
-        body = _Body()
+        headers = Headers(scope=scope)
+        origin, body = self._origins.of(headers), _Body()
+        guarded = _with_headers(send, {} if origin is None else answer_headers(origin), bool(self._origins))
         try:
-            await self._serve(body, scope, receive, guarded)
+            await self._serve(body, scope, headers, origin, receive, guarded)
         finally:
             self._held_bytes -= body.size
 
-    async def _serve(self, body: "_Body", scope: Scope, receive: Receive, guarded: Send) -> None:
+    async def _serve(
+        self, body: "_Body", scope: Scope, headers: Headers, origin: str | None, receive: Receive,
+        guarded: Send,
+    ) -> None:  # fmt: skip
+        only_asks = origin is not None and is_preflight(scope["method"], headers)
         try:
-            self._check(scope["method"], scope["path"], Headers(scope=scope))
-            if not await self._fill(body, Headers(scope=scope), receive):  # the client left
+            self._check_host(headers)
+            if origin is None:
+                self._check_origin(scope["method"], headers)
+            if not only_asks:  # a browser sends no key with it
+                self._check_key(scope["path"], headers)
+            if not await self._fill(body, headers, receive):  # the client left
                 return
         except ApiError as error:
             self._note(error.status_code)
             await self._discard(receive)
-            headers = {**(error.headers or {}), "Connection": "close"}  # the rest of the body is not read
-            await JSONResponse(error.body(), error.status_code, headers)(scope, receive, guarded)
+            told = {**(error.headers or {}), "Connection": "close"}  # the rest of the body is not read
+            await JSONResponse(error.body(), error.status_code, told)(scope, receive, guarded)
+            return
+        if only_asks:
+            await Response(status_code=204, headers=preflight_headers(headers))(scope, receive, guarded)
             return
         await self._app(scope, _replay(body.take(), receive), guarded)
 
-    def _check(self, method: str, path: str, headers: Headers) -> None:
+    def _check_host(self, headers: Headers) -> None:
         host = headers.get("host", "")
         if host not in self._hosts:
             raise ApiError(
                 403, f"host {host[:100]!r} is not ours; the server's option --allowed-host adds one",
                 code="host",
             )
-        if method not in _READING and not _same_origin(headers, host):
-            raise ApiError(403, "pages of other origins may not use this server", code="origin")
+
+    def _check_origin(self, method: str, headers: Headers) -> None:
+        if method not in _READING and not _same_origin(headers, headers.get("host", "")):
+            raise ApiError(
+                403, "pages of other origins may not use this server; its option --cors-origin lets one",
+                code="origin",
+            )  # fmt: skip
+
+    def _check_key(self, path: str, headers: Headers) -> None:
         if self._key is None or not needs_key(path):
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -178,12 +199,16 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replaying
 
 
-def _with_headers(send: Send) -> Send:
+def _with_headers(send: Send, extra: Mapping[str, str], by_origin: bool) -> Send:
+    """`by_origin`: whether answers differ by who asks, which caches must know."""
+
     async def sending(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
-            for name, value in HEADERS.items():
+            for name, value in (*HEADERS.items(), *extra.items()):
                 headers.setdefault(name, value)
+            if by_origin:
+                headers.add_vary_header("Origin")
             if headers.get("content-type", "").startswith(("application/json", "text/event-stream")):
                 headers.setdefault("Cache-Control", "no-store")
         await send(message)

@@ -18,6 +18,7 @@ from flashmoe.api import LLM
 from flashmoe.errors import ConfigError
 from flashmoe.server.access_log import AccessLog
 from flashmoe.server.app import create_app
+from flashmoe.server.cors import AllowedOrigins
 from flashmoe.server.limits import Limits
 from flashmoe.server.protocol import with_limits
 from flashmoe.server.security import AllowedHosts, is_loopback
@@ -38,6 +39,7 @@ class ServeOptions:
     queue: int = 64
     drain_s: float = 30.0
     limits: Limits = field(default_factory=Limits)
+    cors_origins: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name, value, least, most in (
@@ -50,6 +52,7 @@ class ServeOptions:
             raise ConfigError("the API key has other than printable ASCII characters; HTTP cannot carry it")
         if self.api_key is not None and not self.api_key.strip():
             raise ConfigError("the API key is empty; give one, or leave out --api-key and FLASHMOE_API_KEY")
+        AllowedOrigins(self.cors_origins)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -81,7 +84,10 @@ class HttpServer(uvicorn.Server):
         self, service: Service, options: ServeOptions, log: Callable[[str], None] | None = None
     ) -> None:
         """`log` is told a line about each request."""
-        app = create_app(service, AllowedHosts(options.host, options.allowed_hosts), options.api_key)
+        app = create_app(
+            service, AllowedHosts(options.host, options.allowed_hosts), options.api_key,
+            AllowedOrigins(options.cors_origins),
+        )  # fmt: skip
         super().__init__(
             uvicorn.Config(
                 app if log is None else AccessLog(app, log),
