@@ -5,9 +5,10 @@ VRAM is ordinary memory in the interpreter; graphs are captured on a GPU only. W
 tiers, the steps of a token, the kernels' arithmetic.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -36,17 +37,19 @@ PROMPT = 5  # of the tokens
 FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe")
 
 
-@pytest.fixture(autouse=True)
-def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs() -> Iterator[None]:
     """The interpreter takes milliseconds a program: wide ones, where nobody measures speed."""
-    if DEVICE.type == "cpu":
-        guessed = triton_decode.launch_shape
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if DEVICE.type == "cpu":
+            guessed = triton_decode.launch_shape
 
-        def wide(kernel: str, format: str, columns: int) -> triton_decode.Shape:
-            shape = guessed(kernel, format, columns)
-            return shape if format in BITS else shape._replace(rows=128)
+            def wide(kernel: str, format: str, columns: int) -> triton_decode.Shape:
+                shape = guessed(kernel, format, columns)
+                return shape if format in BITS else shape._replace(rows=128)
 
-        monkeypatch.setattr(triton_decode, "launch_shape", wide)
+            monkeypatch.setattr(triton_decode, "launch_shape", wide)
+        yield
 
 
 class Opened:
@@ -113,6 +116,28 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in ("int4", "int8", "bf16")}
 
 
+class Reference(NamedTuple):
+    """A model and its logits with every expert in VRAM: once for all tests, they take seconds."""
+
+    folder: Path
+    logits: Tensor
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return all_in_vram(make_tiny_checkpoint(tmp_path_factory.mktemp("mixtral") / "model", "mixtral"))
+
+
+@pytest.fixture(scope="module")
+def packed_bf16(packed: dict[str, Path]) -> Reference:
+    return all_in_vram(packed["bf16"])
+
+
+def all_in_vram(folder: Path) -> Reference:
+    with Opened(folder, 0) as opened:
+        return Reference(folder, logits_of(opened.engine))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_the_cpus_within_16_bit_rounding(family: str, tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(tmp_path / family, family)
@@ -148,58 +173,44 @@ def test_packed_weights_meet_the_same_activations_as_on_the_cpu(
 
 @pytest.mark.parametrize("ram_slots", [0, 6])
 @pytest.mark.parametrize("slots", [6, 10, 20])
-def test_no_bit_depends_on_how_many_experts_fit(slots: int, ram_slots: int, tmp_path: Path) -> None:
-    folder = make_tiny_checkpoint(tmp_path / "model", "mixtral")
-    with Opened(folder, 0) as opened:
-        expected = logits_of(opened.engine)
-    with Opened(folder, slots, ram_slots) as opened:
-        assert torch.equal(logits_of(opened.engine), expected)
+def test_no_bit_depends_on_how_many_experts_fit(slots: int, ram_slots: int, mixtral: Reference) -> None:
+    with Opened(mixtral.folder, slots, ram_slots) as opened:
+        assert torch.equal(logits_of(opened.engine), mixtral.logits)
         assert opened.cache.counters.misses > 0
 
 
 @pytest.mark.parametrize(("slots", "ram_slots"), [(10, 0), (10, 6), (6, 8)])
 def test_no_bit_depends_on_whether_experts_are_read_in_place(
-    slots: int, ram_slots: int, packed: dict[str, Path]
+    slots: int, ram_slots: int, packed_bf16: Reference
 ) -> None:
     """`ram_slots` 0: what is not in VRAM is in RAM; else some of it is on the drive."""
-    with Opened(packed["bf16"], 0) as opened:
-        expected = logits_of(opened.engine)
-    with Opened(packed["bf16"], slots, ram_slots) as opened:
+    with Opened(packed_bf16.folder, slots, ram_slots) as opened:
         assert opened.cache.in_place
         for _ in range(2):  # the second time from slots that promotions have filled
             opened.engine.reset()
-            assert torch.equal(logits_of(opened.engine), expected)
+            assert torch.equal(logits_of(opened.engine), packed_bf16.logits)
         opened.decoder._report()
         assert opened.cache.counters.in_place > 0
 
 
-def test_tokens_launched_whole_go_on_from_the_layer_that_lacked_an_expert(tmp_path: Path) -> None:
-    folder = make_tiny_checkpoint(tmp_path / "model", "mixtral")
-    with Opened(folder, 0) as opened:
-        expected = logits_of(opened.engine)
-    with Opened(folder, 12) as opened:
+def test_tokens_launched_whole_go_on_from_the_layer_that_lacked_an_expert(mixtral: Reference) -> None:
+    with Opened(mixtral.folder, 12) as opened:
         opened.decoder._misses = 0.0  # as if misses had been rare
-        assert torch.equal(logits_of(opened.engine), expected)
+        assert torch.equal(logits_of(opened.engine), mixtral.logits)
         assert opened.cache.counters.misses > 0
 
 
 @pytest.mark.parametrize("choice", ["auto", "always"])
-def test_experts_computed_on_the_cpu_change_no_more_than_rounding(choice: str, tmp_path: Path) -> None:
-    folder = make_tiny_checkpoint(tmp_path / "model", "mixtral")
-    with Opened(folder, 0) as opened:
-        expected = logits_of(opened.engine)
-    with Opened(folder, 10, run=replace(RUN, cpu_experts=choice)) as opened:
-        assert error(logits_of(opened.engine), expected) < 1e-2
+def test_experts_computed_on_the_cpu_change_no_more_than_rounding(choice: str, mixtral: Reference) -> None:
+    with Opened(mixtral.folder, 10, run=replace(RUN, cpu_experts=choice)) as opened:
+        assert error(logits_of(opened.engine), mixtral.logits) < 1e-2
         if choice == "always":
             assert opened.cache.counters.cpu_experts > 0
 
 
-def test_a_token_again_after_an_error_gives_the_same_logits(tmp_path: Path) -> None:
+def test_a_token_again_after_an_error_gives_the_same_logits(mixtral: Reference) -> None:
     """The KV cache counts a token when all of its layers have run."""
-    folder = make_tiny_checkpoint(tmp_path / "model", "mixtral")
-    with Opened(folder, 8) as opened:
-        expected = logits_of(opened.engine)
-        opened.engine.reset()
+    with Opened(mixtral.folder, 8) as opened:
         opened.engine.prefill(TOKENS[:PROMPT])
         for i, token in enumerate(TOKENS[PROMPT:], 1):
             fetch = opened.cache.fetch
@@ -212,7 +223,7 @@ def test_a_token_again_after_an_error_gives_the_same_logits(tmp_path: Path) -> N
                 opened.engine.decode_one_token(token)
             except KeyboardInterrupt:
                 opened.cache.fetch = fetch  # type: ignore[method-assign]
-                assert torch.equal(opened.engine.decode_one_token(token), expected[i])
+                assert torch.equal(opened.engine.decode_one_token(token), mixtral.logits[i])
             finally:
                 opened.cache.fetch = fetch  # type: ignore[method-assign]
 
