@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ PACKAGES = ("flashmoe", *LEAVES)
 MAY_PRINT = {"flashmoe/cli.py", "flashmoe/terminal_chat.py"}
 
 
+@cache  # parsed once for all tests; none changes a tree
 def sources(package: str) -> dict[str, ast.Module]:
     """Path from the root -> syntax tree of every module below `package`."""
     files = sorted((ROOT / package).rglob("*.py"))
