@@ -129,11 +129,12 @@ class DecodeStep:
         """Of a layer, or of several, [..., B (E + 2 K)] -> probabilities [..., B, E], weights [..., B, K],
         ids [..., B, K] int32."""
         n, experts, top_k = self.rows, self.model.config.num_experts, self.model.config.num_experts_per_tok
-        probabilities, weights, ids = routing.split([n * experts, n * top_k, n * top_k], dim=-1)
+        begin, end, layers = n * experts, n * (experts + top_k), routing.shape[:-1]
         return (
-            probabilities.unflatten(-1, (n, experts)), weights.unflatten(-1, (n, top_k)),
-            ids.view(torch.int32).unflatten(-1, (n, top_k)),
-        )  # fmt: skip
+            routing[..., :begin].view(*layers, n, experts),
+            routing[..., begin:end].view(*layers, n, top_k),
+            routing[..., end:].view(torch.int32).view(*layers, n, top_k),
+        )
 
     def embed(self) -> None:
         """x of `tokens`."""

@@ -68,7 +68,7 @@ def test_memory_that_the_gpu_refuses_is_an_error_that_names_the_figure() -> None
     from flashmoe.gpu_loader import allocating
     from flashmoe.vram_budget import VramPlan
 
-    plan = VramPlan(8 << 30, 1 << 30, 1 << 30, 0, 0, 1 << 20, 100, 0, 200, 512)
+    plan = VramPlan(8 << 30, 1 << 30, 1 << 30, 0, 0, 1 << 20, 100, 0, 200, 512, 512, 1)
     message = r"--vram-budget 8\.0 GiB.*try a smaller --vram-budget"
     with pytest.raises(BudgetError, match=message), allocating(plan):
         raise torch.OutOfMemoryError("CUDA out of memory")

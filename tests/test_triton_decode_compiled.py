@@ -65,12 +65,12 @@ def kernels(pdl: bool) -> dict[str, tuple[str, dict[str, Any], int]]:
     found["choice"] = ("_choose_experts", constants, 4)
     found["combine"] = ("_combine", {"D": 2048, "K": 8, "BLOCK": 256, "PDL": pdl}, 2)
     constants = {"H": 32, "G": 4, "d": 128, "BLOCK": 128, "FULL": 4096, "QK_NORM": "head", "CLIP": False}
-    found["rope"] = ("_rope_and_store", {**constants, "PAGE": 64, "PDL": pdl}, 1)
+    found["rope"] = ("_rope_and_store", {**constants, "PDL": pdl}, 1)
     for d, block in ((64, 64), (128, 128)):
         constants = {"H": 32, "d": d, "BLOCK": block, "SPLIT": 128, "PDL": pdl}
         found[f"join {d}"] = ("_join_rows", {**constants, "JOINED": 32}, 4)
         constants |= {"G": 4, "SCALE": 0.1, "QUERIES": 16, "STEP": 64, "STAGES": 3, "UNSEEN": -1e30}
-        found[f"attend {d}"] = ("_attend_splits", {**constants, "PAGE": 64}, 4)
+        found[f"attend {d}"] = ("_attend_splits", constants, 4)
     return found
 
 

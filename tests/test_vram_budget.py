@@ -7,7 +7,7 @@ import pytest
 from flashmoe.budget import Sizes, plan_budget
 from flashmoe.config import ModelConfig, RunConfig, parse_model_config
 from flashmoe.errors import BudgetError, ConfigError
-from flashmoe.vram_budget import DRIVER_BYTES, plan_vram, vram_kv_bytes
+from flashmoe.vram_budget import ATTENTION_SPLIT, DRIVER_BYTES, gpu_kv_bytes, plan_vram
 
 MIB = 1 << 20
 DENSE, SLOT, EXPERTS = 1200 * MIB, 3 * MIB, 48 * 128
@@ -68,7 +68,30 @@ def test_a_context_beyond_the_models_positions_is_refused(config: ModelConfig) -
 
 
 def test_keys_and_values_take_half_of_what_they_take_on_the_cpu(config: ModelConfig) -> None:
-    assert vram_kv_bytes(config, 1024) == 1024 * config.kv_bytes_per_token // 2
+    page = 64 * config.kv_bytes_per_token // 2
+    assert gpu_kv_bytes(config, 1024, 1) == 17 * page  # one for the end of a context in the middle of a page
+    assert gpu_kv_bytes(config, 1000, 8) == 24 * page
+
+
+@pytest.mark.parametrize("budget", [6 << 30, 12 << 30, 60 << 30])
+def test_further_conversations_take_a_tenth_of_what_is_left_and_none_of_the_context(
+    budget: int, config: ModelConfig
+) -> None:
+    alone, eight = (plan_vram(config, DENSE, SLOT, EXPERTS, budget, None, n) for n in (1, 8))
+    assert alone.kv_tokens == alone.context
+    assert eight.context <= eight.kv_tokens <= 8 * eight.context
+    assert eight.planned_bytes <= budget and eight.slots > 0.8 * alone.slots
+    per_token = config.kv_bytes_per_token // 2
+    assert (eight.kv_tokens - eight.context) * per_token <= 0.1 * (budget - eight.driver_bytes)
+    if budget == 60 << 30:
+        assert eight.kv_tokens == 8 * eight.context and eight.holds_all
+
+
+def test_the_plan_knows_how_many_keys_a_program_of_attention_sees() -> None:
+    pytest.importorskip("triton")
+    from kernels.triton_attention import SPLIT_KEYS
+
+    assert ATTENTION_SPLIT == SPLIT_KEYS
 
 
 def test_the_rows_add_up_to_what_is_planned(config: ModelConfig) -> None:
