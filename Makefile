@@ -9,8 +9,12 @@ DEMO_BUDGET ?= 712M
 demo: $(VENV)/.installed
 	$(BIN)/flashmoe run --ram-budget $(DEMO_BUDGET) --temperature 0 --prompt "What is the capital of France?"
 
+# A worker for each core, at most 4: two of them grow to 4 GB, with the demo model in transformers. WORKERS=0: one process.
+# A file stays with one worker, so that its fixtures are built once and its tests, which may share a server or a build
+# folder, never meet; --no-loadscope-reorder keeps the order that tests/conftest.py chooses.
+WORKERS ?= logical
 test: check browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Where torch sees an NVIDIA GPU: the kernels themselves instead of Triton's interpreter, and what needs their speed.
 test-gpu: $(VENV)/.installed

