@@ -1,18 +1,20 @@
 """Answers that must be JSON, follow a JSON schema or a grammar: which tokens may come next (llguidance).
 
-Schemas and grammars come from strangers: their size and depth are limited here, the work they cause by
-llguidance's own limits. Knows the tokenizer, neither model nor server.
+Schemas and grammars come from strangers: their size, depth and what llguidance has no limit for are limited
+here, the other work they cause by its own limits. Knows the tokenizer, neither model nor server.
 """
 
 import json
+import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import llguidance
 import numpy as np
 
-from flashmoe.errors import ConfigError, FlashMoEError
+from flashmoe.errors import ConfigError, QueueFullError
 from flashmoe.sampler import Allowed
 from flashmoe.tokenizer import Tokenizer
 
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
 
 LARGEST_SCHEMA_CHARACTERS = 64 * 1024
 DEEPEST_SCHEMA = 32
+# What llguidance 1.x works at without an end: patterns that one text must all match (12: 0.05 s, 16: 5 s, 60:
+# never), each pair of patterns of names (100: 0.1 s, 400: 24 s), remainders of a division (10**5: 0.5 s).
+MOST_COMBINED_PATTERNS = 8
+MOST_NAME_PATTERNS = 32
+MOST_REMAINDERS = 10_000
+LONGEST_COMPILE_S = 10.0  # against what we do not know of
 # As json.dumps writes it, which is what chat templates show to models. Free whitespace would let a model
 # write line ends for ever.
 JSON_STYLE: "JsonCompileOptions" = {
@@ -39,7 +47,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._source, self._vocab_size = tokenizer, vocab_size
-        self._lock = threading.Lock()
+        self._lock, self._turn = threading.Lock(), threading.Lock()
         self._tokenizer: llguidance.LLTokenizer | None = None
 
     def any_object(self) -> "GrammarConstraint":
@@ -56,10 +64,38 @@ class Grammars:
         return self._constraint(llguidance.LLMatcher.grammar_from_lark(grammar), "grammar")
 
     def _constraint(self, grammar: str, what: str) -> "GrammarConstraint":
+        """One is compiled at a time, in a thread that is left to itself if it takes too long: nothing can
+        stop it. Others are refused until it ends."""
+        if not self._turn.acquire(timeout=LONGEST_COMPILE_S):
+            raise QueueFullError("another schema is still being compiled; try again later", LONGEST_COMPILE_S)
+        made: list[GrammarConstraint | GrammarError] = []
+
+        def compile() -> None:
+            try:
+                made.append(self._compile(grammar, what))
+            except GrammarError as error:
+                made.append(error)
+            except BaseException as error:  # a panic of the library
+                made.append(GrammarError(f"the {what} cannot be used: {_first_line(str(error))}"))
+            finally:
+                self._turn.release()
+
+        thread = threading.Thread(target=compile, name="grammar", daemon=True)
+        thread.start()
+        thread.join(LONGEST_COMPILE_S)
+        if not made:
+            raise GrammarError(f"the {what} takes more than {LONGEST_COMPILE_S:g} s to compile; simplify it")
+        if isinstance(made[0], GrammarError):
+            raise made[0]
+        return made[0]
+
+    def _compile(self, grammar: str, what: str) -> "GrammarConstraint":
         matcher = llguidance.LLMatcher(self._ready(), grammar, log_level=0, limits=_limits())
         if matcher.is_error():
             raise GrammarError(f"the {what} cannot be used: {_first_line(matcher.get_error())}")
-        return GrammarConstraint(matcher, self._vocab_size)
+        constraint = GrammarConstraint(matcher, self._vocab_size)
+        constraint.allowed()  # some are found out at the first token only
+        return constraint
 
     def _ready(self) -> llguidance.LLTokenizer:
         """Made on first use: it takes a quarter of a second and some memory."""
@@ -97,19 +133,21 @@ class GrammarConstraint:
         self._matcher, self._vocab_size = matcher, vocab_size
 
     def allowed(self) -> Allowed | None:
-        """The tokens that may come now, [V]; raises FlashMoEError where the grammar's limits end it."""
+        """The tokens that may come now, [V]; raises GrammarError where the grammar's limits end it."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            raise FlashMoEError(f"the grammar became too complex: {_first_line(self._matcher.get_error())}")
+            reason = _first_line(self._matcher.get_error())
+            raise GrammarError(f"the grammar became too complex: {reason}; use a simpler schema")
         allowed: Allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(np.bool_)
         if not allowed.any():
-            raise FlashMoEError("the grammar leaves no token to go on with; use a simpler schema")
+            raise GrammarError("the grammar leaves no token to go on with; use a simpler schema")
         return allowed
 
     def accept(self, token_id: int) -> None:
         """A token was chosen."""
         if not self._matcher.consume_token(token_id):
-            raise FlashMoEError(f"the grammar refuses token {token_id} that it had allowed")
+            reason = _first_line(self._matcher.get_error())
+            raise GrammarError(f"the grammar refuses token {token_id}: {reason}; use a simpler schema")
 
     @property
     def is_complete(self) -> bool:
@@ -138,6 +176,60 @@ def check_schema(schema: Mapping[str, Any]) -> None:
         raise GrammarError(
             f"the schema has {characters} characters, the most is {LARGEST_SCHEMA_CHARACTERS}; shorten it"
         )
+    _check_work(list(_objects(schema)))
+
+
+def _check_work(objects: list[dict[str, Any]]) -> None:
+    """Of all objects of a schema."""
+    named = sum(len(o["patternProperties"]) for o in objects if _has(o, "patternProperties", dict))
+    if named > MOST_NAME_PATTERNS:
+        raise GrammarError(f"the schema has {named} patternProperties, the most is {MOST_NAME_PATTERNS}")
+    combined = any(map(_combines, objects))
+    patterns = named + sum(_has(o, key, str) for o in objects for key in ("pattern", "format"))
+    if combined and patterns > MOST_COMBINED_PATTERNS:
+        raise GrammarError(
+            f"the schema has {patterns} patterns and formats; where allOf, anyOf, oneOf or $ref combine with"
+            f" others, the most is {MOST_COMBINED_PATTERNS}"
+        )
+    divisors = {_digits(o["multipleOf"]) for o in objects if _has(o, "multipleOf", int | float)}
+    if (math.prod(divisors) if combined else sum(divisors)) > MOST_REMAINDERS:
+        raise GrammarError(f"the schema has too large a multipleOf, or too many: {sorted(divisors)[:8]}")
+
+
+_COMBINING = (("allOf", list), ("anyOf", list), ("oneOf", list), ("$ref", str))
+_COMBINED = (
+    ("pattern", str), ("format", str), ("properties", dict), ("patternProperties", dict), ("items", dict),
+    ("prefixItems", list), ("additionalProperties", dict), ("multipleOf", int | float), *_COMBINING,
+)  # fmt: skip
+
+
+def _combines(schema: dict[str, Any]) -> bool:
+    """Whether one value must follow several schemas: title and type beside a $ref are none."""
+    if _has(schema, "allOf", list) and len(schema["allOf"]) > 1:
+        return True
+    combining = any(_has(schema, key, kind) for key, kind in _COMBINING)
+    return combining and sum(_has(schema, key, kind) for key, kind in _COMBINED) > 1
+
+
+def _has(schema: dict[str, Any], key: str, kind: Any) -> bool:
+    """Whether it has a keyword, and not a property of the same name, whose value is a schema."""
+    return isinstance(schema.get(key), kind)
+
+
+def _digits(number: float) -> int:
+    """Its digits, without zeros at the ends: 25 of 2500 and 0.25. No more than any limit needs."""
+    digits = "".join(map(str, Decimal(str(+number)).as_tuple().digits)).strip("0")
+    return int(digits[:9] or "1")
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """All objects in a value, its nesting being bounded already."""
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _objects(item)
 
 
 def depth_of(value: Any, deep_enough: int) -> int:

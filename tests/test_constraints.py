@@ -1,14 +1,16 @@
 """Constraints: what may be said next is what the schema allows, and hostile schemas are refused."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from flashmoe import constraints
 from flashmoe.constraints import GrammarConstraint, GrammarError, Grammars, depth_of
-from flashmoe.errors import FlashMoEError
+from flashmoe.errors import FlashMoEError, QueueFullError
 from flashmoe.tokenizer import Tokenizer
 
 VOCAB = 330  # more than the tokenizer knows, as in padded vocabularies
@@ -100,6 +102,97 @@ def test_a_schema_that_is_too_deep_is_refused_before_anything_recurses(grammars:
         schema = {"type": "object", "properties": {"a": schema}}
     with pytest.raises(GrammarError, match="nested deeper than 32"):
         grammars.schema(schema)
+
+
+PATTERNS = [{"type": "string", "pattern": f".*{i}.*"} for i in range(60)]
+
+
+def chain(keyword: str) -> dict[str, Any]:
+    """Many patterns for one text, each beside the next."""
+    if keyword == "$ref":
+        links = {f"d{i}": {**PATTERNS[i], "$ref": f"#/$defs/d{i + 1}"} for i in range(59)}
+        return {"$ref": "#/$defs/d0", "$defs": {**links, "d59": PATTERNS[59]}}
+    schema = PATTERNS[0]
+    for pattern in PATTERNS[1:15]:
+        schema = {**pattern, keyword: [schema]}
+    return schema
+
+
+@pytest.mark.parametrize(
+    "schema, message",
+    [
+        ({"allOf": PATTERNS}, "60 patterns and formats; where allOf, .* the most is 8"),
+        ({"allOf": [{"properties": {"a": p}} for p in PATTERNS]}, "60 patterns and formats"),
+        (chain("anyOf"), "15 patterns and formats"),
+        (chain("$ref"), "60 patterns and formats"),
+        ({"patternProperties": {f"^(a|b)*{i}$": {} for i in range(400)}}, "400 patternProperties.* is 32"),
+        ({"type": "integer", "multipleOf": 2**31 - 1}, "too large a multipleOf"),
+        ({"type": "number", "multipleOf": 0.0123457}, "too large a multipleOf"),
+        ({"allOf": [{"type": "integer", "multipleOf": p} for p in (3, 7, 11, 13, 17, 19)]}, "or too many"),
+        ({"type": "integer", "multipleOf": True}, "cannot be used"),
+        ({"type": "integer", "multipleOf": 10**4000}, "cannot be used"),
+        ({"type": "number", "multipleOf": float("inf")}, "cannot be used"),
+        ({"$ref": "#"}, "became too complex"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "became too complex"),
+    ],
+)
+def test_what_would_be_compiled_for_ever_is_refused(grammars: Grammars, schema: Any, message: str):
+    """llguidance counts what a step costs, not what it does before the first: sixty patterns that a text must
+    all match held one of the two threads that prepare requests, and the end of the process, for ever."""
+    with pytest.raises(GrammarError, match=message):
+        grammars.schema(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {f"p{i}": p for i, p in enumerate(PATTERNS)}},
+        {"type": "object",
+         "properties": {f"p{i}": {"allOf": [{"$ref": "#/$defs/d"}], "title": "T"} for i in range(20)},
+         "$defs": {"d": {"type": "string", "format": "date"}}},
+        {"type": "object", "properties": {"pattern": PATTERNS[0], "allOf": PATTERNS[1], "$ref": PATTERNS[2]}},
+        {"type": "number", "multipleOf": 0.25, "maximum": 100},
+        {"anyOf": [{"type": "integer", "multipleOf": 1000}, *PATTERNS[:20]]},
+    ],
+)  # fmt: skip
+def test_what_is_only_large_is_not(grammars: Grammars, schema: Any):
+    grammars.schema(schema)
+
+
+def test_what_takes_too_long_to_compile_is_left_to_itself(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    """It can be neither stopped nor waited for; when it has ended, others have their turn."""
+    grammars, may_end = Grammars(tokenizer, VOCAB), threading.Event()
+    compile = grammars._compile
+
+    def slowly(grammar: str, what: str) -> GrammarConstraint:
+        assert may_end.wait(60)
+        return compile(grammar, what)
+
+    monkeypatch.setattr(grammars, "_compile", slowly)
+    monkeypatch.setattr(constraints, "LONGEST_COMPILE_S", 0.01)
+    with pytest.raises(GrammarError, match="takes more than 0.01 s to compile; simplify it"):
+        grammars.any_object()
+    with pytest.raises(QueueFullError, match="still being compiled") as refused:
+        grammars.any_object()
+    assert refused.value.retry_after_s > 0
+    monkeypatch.setattr(constraints, "LONGEST_COMPILE_S", 60)
+    may_end.set()
+    assert grammars.any_object().allowed() is not None
+
+
+def test_a_panic_of_the_library_is_this_schemas_error(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    class Panic(BaseException):
+        """As a library in Rust raises."""
+
+    def panics(*_: Any) -> GrammarConstraint:
+        raise Panic("unwrap on a None")
+
+    grammars = Grammars(tokenizer, VOCAB)
+    monkeypatch.setattr(grammars, "_compile", panics)
+    with pytest.raises(GrammarError, match="cannot be used: unwrap on a None"):
+        grammars.any_object()
 
 
 def test_depth_is_counted_in_lists_and_objects():
