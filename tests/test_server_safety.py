@@ -165,8 +165,9 @@ def test_bodies_of_all_requests_together_are_limited_and_forgotten_with_them(tin
         wait_for(lambda: server.guard._held_bytes == 0)
 
 
-def test_a_body_of_very_many_values_is_refused_before_it_is_parsed(hasty: Server):
-    status, answer = hasty.post(CHAT, b'{"x": [' + b"[]," * 400_000 + b"[]]}")
+def test_a_body_of_very_many_values_is_refused_before_it_is_parsed():
+    with serving(None) as server:  # not a hasty one: a megabyte takes a busy machine its time
+        status, answer = server.post(CHAT, b'{"x": [' + b"[]," * 400_000 + b"[]]}")
     assert status == 400 and "the most is 400000" in answer["error"]["message"]
 
 
