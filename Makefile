@@ -9,7 +9,7 @@ DEMO_BUDGET ?= 712M
 demo: $(VENV)/.installed
 	$(BIN)/flashmoe run --ram-budget $(DEMO_BUDGET) --temperature 0 --prompt "What is the capital of France?"
 
-# A worker for each core, at most 4: two of them grow to 4 GB, with the demo model in transformers. WORKERS=0: one process.
+# A worker for each core, at most 4: two grow to 4.5 GB, with the demo model in transformers. WORKERS=0: one process.
 # A file stays with one worker, so that its fixtures are built once and its tests, which may share a server or a build
 # folder, never meet; --no-loadscope-reorder keeps the order that tests/conftest.py chooses.
 WORKERS ?= logical
