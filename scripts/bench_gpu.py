@@ -2,10 +2,12 @@
 transformers.
 
     python -m scripts.bench_gpu [--shapes demo-wide,qwen3-30b-a3b] [--experts int4] [--dense bf16] [--peers]
+        [--batch 1,2,4,8]
 
 Weights are random, of the shape of a published model, and made on the GPU: nothing is read from a drive. The
 bound of a decode step is the bytes it must read from the GPU's memory (dense weights, router, the chosen
-experts, keys and values) over the rate of a large copy in the same run, counting bytes read and written.
+experts, each once, keys and values) over the rate of a large copy in the same run, counting bytes read and
+written. `--batch`: so many conversations decode together; tokens a second are those of all.
 Repetitions alternate with the peers'. Prints a table and, as its last line, one JSON object.
 
 Peers: transformers on the same shape in bf16, with each of its expert implementations.
@@ -16,8 +18,9 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +28,10 @@ from torch import Tensor
 
 import flashmoe
 from flashmoe.config import ModelConfig, parse_model_config
-from flashmoe.engine import Engine
+from flashmoe.decoder import Stretch
 from flashmoe.expert_slots import CacheCounters
 from flashmoe.gpu_decoder import GpuDecoder
-from flashmoe.gpu_kv_cache import GpuPages
+from flashmoe.gpu_kv_cache import GpuKVCache, GpuPages
 from flashmoe.gpu_loader import slot_bytes
 from flashmoe.gpu_model import GpuModel
 from flashmoe.weights import DenseWeights, LayerWeights, Weight
@@ -102,6 +105,7 @@ def main() -> None:
     add("--layers", type=int, help="fewer layers than the shape has")
     add("--prompt", type=int, default=512, help="tokens of prefill")
     add("--tokens", type=int, default=64, help="tokens to decode")
+    add("--batch", type=lambda text: [int(n) for n in text.split(",")], default=[1], help="conversations")
     add("--repeat", type=int, default=5)
     options = parser.parse_args()
     device = torch.device("cuda")
@@ -111,8 +115,9 @@ def main() -> None:
     found = []
     for name in options.shapes.split(","):
         raw = SHAPES[name] | ({} if options.layers is None else {"num_hidden_layers": options.layers})
-        found.append(measure_ours(name, raw, options, rate, device))
-        print(found[-1].row(), flush=True)
+        for figures in measure_ours(name, raw, options, rate, device):
+            found.append(figures)
+            print(figures.row(), flush=True)
         release()
         for implementation in IMPLEMENTATIONS if options.peers else ():
             try:
@@ -125,32 +130,65 @@ def main() -> None:
     print(json.dumps(facts | vars(options) | {"results": [asdict(figures) for figures in found]}))
 
 
+class Distinct:
+    """Counts the experts that a step needs, each once; a decoder's observer."""
+
+    def __init__(self) -> None:
+        self.experts = 0
+
+    def forward_begins(self, token_ids: Sequence[int]) -> None:
+        """Nothing to do."""
+
+    def routed(self, layer: int, ids: Tensor, weights: Tensor, probabilities: Tensor) -> None:
+        self.experts += len(ids.unique())
+
+    def forward_ends(self) -> None:
+        """Nothing to do."""
+
+
 def measure_ours(
     name: str, raw: dict[str, object], options: argparse.Namespace, rate: float, device: torch.device
-) -> Figures:
-    """Our engine on random weights."""
+) -> list[Figures]:
+    """Our decoder on random weights, for every number of conversations."""
     config = parse_model_config(raw)
-    engine = Engine(random_decoder(config, options.experts, options.dense, device))
+    decoder = random_decoder(config, options.experts, options.dense, device, max(options.batch))
     generator = np.random.default_rng(0)
-    tokens = generator.integers(0, config.vocab_size, options.prompt + options.tokens + 1).tolist()
-    decode, prefill = [], []
-    for repetition in range(options.repeat + 1):  # the first captures graphs
-        engine.reset()
-        prefill_s = timed(lambda: engine.prefill(tokens[: options.prompt]))
-        engine.reset()
-        engine.prefill(tokens[:PREFIX])
-        engine.decode_one_token(tokens[PREFIX])
+    count = PREFIX + options.tokens + 2
+    texts = generator.integers(0, config.vocab_size, (max(options.batch), count)).tolist()
+    prompt = generator.integers(0, config.vocab_size, options.prompt).tolist()
+    kv_caches = [decoder.new_sequence() for _ in texts]
+    kv_caches[0].claim(options.prompt)
+    for kv_cache in kv_caches:
+        kv_cache.claim(count)
+    decode: dict[int, list[float]] = {batch: [] for batch in options.batch}
+    experts, prefill = {}, []
+    for _ in range(options.repeat + 1):  # the first captures graphs
+        kv_caches[0].truncate(0)
+        prefill.append(timed(lambda: decoder.forward_batch([Stretch(kv_caches[0], prompt)])))
+        for batch, rates in decode.items():
+            chats = list(zip(kv_caches[:batch], texts, strict=False))
+            for kv_cache, text in chats:
+                kv_cache.truncate(0)
+                decoder.forward_batch([Stretch(kv_cache, text[:PREFIX])])
 
-        def steps() -> None:
-            for token in tokens[PREFIX + 1 : PREFIX + 1 + options.tokens]:
-                engine.decode_one_token(token)
+            def steps(begin: int, end: int, chats: list[tuple[GpuKVCache, list[int]]] = chats) -> None:
+                for at in range(begin, end):
+                    decoder.forward_batch([Stretch(kv_cache, [text[at]]) for kv_cache, text in chats])
 
-        decode_s = timed(steps)
-        if repetition:
-            prefill.append(prefill_s)
-            decode.append(options.tokens / decode_s)
-    bound = rate / bytes_a_token(config, options.experts, options.dense, PREFIX + options.tokens // 2)
-    return Figures(name, f"flashmoe {options.experts}", decode, prefill, bound)
+            steps(PREFIX, PREFIX + 1)
+            rates.append(batch * options.tokens / timed(lambda: steps(PREFIX + 1, count - 1)))  # noqa: B023
+            decoder.observer = distinct = Distinct()
+            steps(count - 1, count)
+            decoder.observer, experts[batch] = None, distinct.experts
+    found = []
+    for batch, rates in decode.items():
+        nbytes = bytes_a_step(
+            config, options.experts, options.dense, experts[batch], batch * (PREFIX + options.tokens // 2)
+        )
+        engine = f"flashmoe {options.experts}" + (f", {batch} at once" if batch > 1 else "")
+        found.append(Figures(name, engine, rates[1:], prefill[1:], batch * rate / nbytes))
+    decoder.close()
+    return found
 
 
 def measure_peer(
@@ -203,9 +241,8 @@ def random_decoder(
     shape = (config.hidden_size, config.moe_intermediate_size, experts, config.hidden_act, top_k)
     decode = ExpertDecode(*shape, rows, device, False)
     prefill = ExpertPrefill(*shape, config.num_experts, 512, device)
-    return GpuDecoder(  # type: ignore[arg-type]
-        model, AllResident(), decode, prefill, arena, table, most_rows=rows
-    )
+    cache: Any = AllResident()
+    return GpuDecoder(model, cache, decode, prefill, arena, table, most_rows=rows)
 
 
 def random_experts(
@@ -270,15 +307,14 @@ def random_dense(
     return DenseWeights(embedding=embedding, layers=layers, norm=ones(d), lm_head=lm_head)
 
 
-def bytes_a_token(config: ModelConfig, experts: str, dense: str, seen: int) -> int:
-    """What one decode step must read at the least."""
+def bytes_a_step(config: ModelConfig, experts: str, dense: str, chosen: int, seen: int) -> int:
+    """What one decode step must read at the least: `chosen` experts in all layers, `seen` keys of a layer."""
     c, d = config, config.hidden_size
     heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     output = "int8" if dense == "int4" else dense
     attention = matrix_bytes(dense, heads + 2 * kv, d) + matrix_bytes(dense, d, heads)
-    chosen = c.num_experts_per_tok * slot_bytes(c, Format[experts.upper()])
-    layer = attention + 4 * c.num_experts * d + chosen + 2 * 2 * kv * seen
-    return c.num_hidden_layers * layer + matrix_bytes(output, c.vocab_size, d)
+    layers = c.num_hidden_layers * (attention + 4 * c.num_experts * d + 2 * 2 * kv * seen)
+    return layers + chosen * slot_bytes(c, Format[experts.upper()]) + matrix_bytes(output, c.vocab_size, d)
 
 
 def copy_rate(device: torch.device) -> float:
