@@ -1,9 +1,11 @@
-"""Decoding 1 to 4 tokens on a GPU: dense products and experts. Beside it: triton_router.py, triton_rope.py.
+"""Decoding 1 to 8 tokens on a GPU: dense products and experts. Beside it: triton_router.py, triton_rope.py.
 
 Every call launches its kernels on the current stream and does nothing else: no allocation, no
 synchronisation, so that CUDA graphs can hold them. Residual stream and activations are fp32 in memory. int4
 and int8 weights meet int8 activations, rounded as the CPU library rounds them, or with exact=True fp32 ones.
-No atomics on data: a result does not depend on the order in which programs run.
+No atomics on data: a result does not depend on the order in which programs run. Nor on how many tokens there
+are: one compiled kernel takes any number. `linear` keeps its rows of the weight in registers and multiplies
+one token after the other with them; of experts, and wherever weights are few, each token has its programs.
 
 On compute capability 9.0 and later kernels are launched programmatically dependent: one starts while the one
 before it ends, and reads its weights before it waits for it.
@@ -32,13 +34,13 @@ from kernels.triton_gemv import (
     load_tiles,
     pack_bytes,
     quantise,
-    rms_scales,
+    rms_scale,
     rows_product,
     tiles_product,
     wait_for_inputs,
 )
 
-MOST_TOKENS: Final = 4
+MOST_TOKENS: Final = 8
 _BYTES: Final = {"bf16": 2.0, "f16": 2.0, "f32": 4.0, "fp8": 1.0, "mxfp4": 0.5}  # of a weight in rows
 
 
@@ -71,50 +73,56 @@ class Shape(NamedTuple):
 
 
 @triton.jit
-def _finish(y, out, rows, row, t: tl.constexpr, bias, BIAS: tl.constexpr, RESIDUAL: tl.constexpr):
-    """out[t, row] = or += y + bias."""
+def _finish(y, out, rows, row, bias, BIAS: tl.constexpr, RESIDUAL: tl.constexpr):
+    """out[row] = or += y + bias."""
     inside = row < rows
     if BIAS:
         y += tl.load(bias + row, mask=inside, other=0.0)
     if RESIDUAL:
-        y += tl.load(out + t * rows + row, mask=inside, other=0.0)
-    tl.store(out + t * rows + row, y, mask=inside)
+        y += tl.load(out + row, mask=inside, other=0.0)
+    tl.store(out + row, y, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _linear_tiles(
-    x, base, out, norm, bias, eps, rows, COLUMNS: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, RUN: tl.constexpr, NORM: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    x, base, out, norm, bias, eps, rows, tokens, COLUMNS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    PADDED: tl.constexpr, BITS: tl.constexpr, RUN: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """R tiles a program."""
+    """R tiles a program, one token after the other."""
     first, last = tl.program_id(0) * R, (rows + 15) // 16
     words, scales = load_tiles(base, first, last, 0, COLUMNS, C, BITS, R, RUN)
     wait_for_inputs(PDL)
-    y = tiles_product(
-        words, scales, base, first, last, x, x, norm, COLUMNS, T, R, C, BITS, RUN, NORM, False, EXACT
-    )
-    rms = rms_scales(x, COLUMNS, PADDED, eps, T, NORM)  # last: x is in L1 now
     row = first * 16 + tl.arange(0, 16 * R)
-    for t in tl.static_range(T):
-        _finish(tl.reshape(y[t], (16 * R,)) * rms[t], out, rows, row, t, bias, BIAS, RESIDUAL)
+    for _ in tl.range(0, tokens, disable_licm=True):  # weights stay packed: unpacked they fill the registers
+        y = tiles_product(
+            words, scales, base, first, last, x, x, norm, COLUMNS, R, C, BITS, RUN, NORM, False, EXACT
+        )
+        if NORM:
+            y *= rms_scale(x, COLUMNS, PADDED, eps)  # last: x is in L1 now
+        _finish(tl.reshape(y, (16 * R,)), out, rows, row, bias, BIAS, RESIDUAL)
+        x += COLUMNS
+        out += rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _linear_rows(
-    x, base, out, norm, bias, eps, rows, COLUMNS: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, PADDED: tl.constexpr, FORMAT: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    x, base, out, norm, bias, eps, rows, tokens, COLUMNS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    PADDED: tl.constexpr, FORMAT: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """R rows a program."""
+    """R rows a program, one token after the other."""
     first = tl.program_id(0) * R
     weights, scales = load_block(base, base, first, rows, 0, COLUMNS, C, R, FORMAT)
     wait_for_inputs(PDL)
-    y = rows_product(weights, scales, base, base, first, rows, x, norm, COLUMNS, T, R, C, FORMAT, NORM)
-    rms = rms_scales(x, COLUMNS, PADDED, eps, T, NORM)  # last: x is in L1 now
     row = first + tl.arange(0, R)
-    for t in tl.static_range(T):
-        _finish(y[t] * rms[t], out, rows, row, t, bias, BIAS, RESIDUAL)
+    for _ in tl.range(0, tokens, disable_licm=True):  # weights stay in 16 bits
+        y = rows_product(weights, scales, base, base, first, rows, x, norm, COLUMNS, R, C, FORMAT, NORM)
+        if NORM:
+            y *= rms_scale(x, COLUMNS, PADDED, eps)  # last: x is in L1 now
+        _finish(y, out, rows, row, bias, BIAS, RESIDUAL)
+        x += COLUMNS
+        out += rows
 
 
 def linear(
@@ -137,9 +145,9 @@ def linear(
     assert tokens <= MOST_TOKENS and columns == weight.columns
     assert out.shape == (tokens, weight.rows) and x.is_contiguous() and out.is_contiguous()
     flags: dict[str, Any] = {"NORM": norm is not None, "BIAS": bias is not None, "RESIDUAL": residual}
-    arguments = (out, x if norm is None else norm, x if bias is None else bias, eps, weight.rows)
+    arguments = (out, x if norm is None else norm, x if bias is None else bias, eps, weight.rows, tokens)
     shape = shape or launch_shape("linear", weight.format, columns)
-    flags |= {"COLUMNS": columns, "T": tokens, "R": shape.rows, "C": shape.columns, "num_warps": shape.warps}
+    flags |= {"COLUMNS": columns, "R": shape.rows, "C": shape.columns, "num_warps": shape.warps}
     flags |= {"PADDED": triton.next_power_of_2(columns), **launch_options(x.device)}
     if weight.format in expert_slots.BITS:
         _linear_tiles[(triton.cdiv(weight.rows, 16 * shape.rows),)](
@@ -200,10 +208,10 @@ def _up_tiles(
         base = _expert(slot, arena, stride, ram, ram_stride, first_in_ram, IN_RAM)
         words, scales = load_tiles(base, 4 * group, 4 * GROUPS, 0, D, C, BITS, 4, RUN)
         y = tiles_product(
-            words, scales, base, 4 * group, 4 * GROUPS, x + pair // K * D, x, x, D, 1, 4, C, BITS, RUN,
+            words, scales, base, 4 * group, 4 * GROUPS, x + pair // K * D, x, x, D, 4, C, BITS, RUN,
             False, False, EXACT,
         )  # fmt: skip
-        gate, up = tl.split(tl.permute(tl.reshape(y[0], (2, 2, 16)), (0, 2, 1)))  # tiles alternate
+        gate, up = tl.split(tl.permute(tl.reshape(y, (2, 2, 16)), (0, 2, 1)))  # tiles alternate
         hidden = tl.reshape(_activate(gate, up, ACTIVATION), (1, 32))
         at = pair * GROUPS + group
         if EXACT:
@@ -232,11 +240,11 @@ def _down_tiles(
     if slot >= 0:
         of_pair = h + pair * WIDTH if EXACT else h.to(tl.pointer_type(tl.int32)) + pair * (WIDTH // 4)
         y = tiles_product(
-            words, scales, base, first, last, of_pair, h_scales + pair * (WIDTH // 32), h, WIDTH, 1,
+            words, scales, base, first, last, of_pair, h_scales + pair * (WIDTH // 32), h, WIDTH,
             R, C, BITS, RUN, False, True, EXACT,
         )  # fmt: skip
         row = first * 16 + tl.arange(0, 16 * R)
-        tl.store(products + pair * D + row, tl.reshape(y[0], (16 * R,)), mask=row < D)
+        tl.store(products + pair * D + row, tl.reshape(y, (16 * R,)), mask=row < D)
 
 
 @triton.jit
@@ -255,13 +263,13 @@ def _up_rows(
         g, g_scales = load_block(base, base + GATE_SCALES, first, F, 0, D, C, R, FORMAT)
         u, u_scales = load_block(base + UP, base + UP_SCALES, first, F, 0, D, C, R, FORMAT)
         gate = rows_product(
-            g, g_scales, base, base + GATE_SCALES, first, F, x, x, D, 1, R, C, FORMAT, False
+            g, g_scales, base, base + GATE_SCALES, first, F, x, x, D, R, C, FORMAT, False
         )
         up = rows_product(
-            u, u_scales, base + UP, base + UP_SCALES, first, F, x, x, D, 1, R, C, FORMAT, False
+            u, u_scales, base + UP, base + UP_SCALES, first, F, x, x, D, R, C, FORMAT, False
         )
         row = first + tl.arange(0, R)
-        tl.store(h + pair * F + row, _activate(gate[0], up[0], ACTIVATION), mask=row < F)
+        tl.store(h + pair * F + row, _activate(gate, up, ACTIVATION), mask=row < F)
 
 
 @triton.jit
@@ -281,10 +289,10 @@ def _down_rows(
     wait_for_inputs(PDL)
     if slot >= 0:
         y = rows_product(
-            weights, scales, base, scale_base, first, last, h + pair * F, h, F, 1, R, C, FORMAT, False
+            weights, scales, base, scale_base, first, last, h + pair * F, h, F, R, C, FORMAT, False
         )
         row = first + tl.arange(0, R)
-        tl.store(products + pair * D + row, y[0], mask=row < D)
+        tl.store(products + pair * D + row, y, mask=row < D)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 A program reads whole rows, a few at a time, in chunks of columns; the loads of one chunk are under way while
 the one before is used. Nothing is summed across programs.
 
-Axis letters: R rows or tiles of a program, C columns of a chunk, G groups of 32 of them, T tokens.
+Axis letters: R rows or tiles of a program, C columns of a chunk, G groups of 32 of them.
 """
 
 # mypy: disable-error-code="assignment, no-untyped-def, no-untyped-call, untyped-decorator, no-any-return"
@@ -47,15 +47,6 @@ def rms_scale(x, columns: tl.constexpr, C: tl.constexpr, eps):
     c = tl.arange(0, C)
     v = tl.load(x + c, mask=c < columns, other=0.0)
     return tl.div_rn(1.0, tl.sqrt_rn(tl.sum(v * v) / columns + eps))
-
-
-@triton.jit
-def rms_scales(x, columns: tl.constexpr, C: tl.constexpr, eps, T: tl.constexpr, NORM: tl.constexpr):
-    """1 / rms of each of T tokens x [T, columns], as a tuple; 1 unless NORM."""
-    scales = ()
-    for t in tl.static_range(T):
-        scales = scales + (rms_scale(x + t * columns, columns, C, eps) if NORM else 1.0,)
-    return scales
 
 
 @triton.jit
@@ -160,45 +151,32 @@ def load_tiles(
 
 @triton.jit
 def tiles_product(
-    words, scales, base, first, last, x, x_scales, norm, columns: tl.constexpr, T: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, RUN: tl.constexpr, NORM: tl.constexpr,
-    STORED: tl.constexpr, EXACT: tl.constexpr,
+    words, scales, base, first, last, x, x_scales, norm, columns: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr, BITS: tl.constexpr, RUN: tl.constexpr, NORM: tl.constexpr, STORED: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
-    """R tiles times T tokens, x [T, columns] -> a tuple of T results [R, 16].
+    """R tiles times x [columns] -> [R, 16].
 
     words, scales: what load_tiles gave for the first C columns. x is fp32, times norm if NORM, and rounded
     unless EXACT; or if STORED, int8 codes as dwords, with x_scales.
     """
     if columns <= C:
-        results = ()
-        for t in tl.static_range(T):
-            product = _tiles_chunk(
-                words, scales, x + t * columns, x_scales, norm, 0, columns, R, C, BITS, NORM, STORED, EXACT
-            )
-            results = results + (tl.sum(product, axis=1),)
-        return results
+        product = _tiles_chunk(
+            words, scales, x, x_scales, norm, 0, columns, R, C, BITS, NORM, STORED, EXACT
+        )
+        return tl.sum(product, axis=1)
     else:
-        sums = ()
-        for _ in tl.static_range(T):
-            sums = sums + (tl.zeros((R, C // 32, 16), tl.float32),)
+        sums = tl.zeros((R, C // 32, 16), tl.float32)
         # Not unrolled: the compiler would ask for all chunks at once and spill them.
         for begin in tl.range(0, columns, C):
             next_words, next_scales = load_tiles(
                 base, first, last, begin + C, columns, C, BITS, R, RUN
             )
-            added = ()
-            for t in tl.static_range(T):
-                product = _tiles_chunk(
-                    words, scales, x + t * columns, x_scales, norm, begin, columns, R, C, BITS, NORM, STORED,
-                    EXACT,
-                )  # fmt: skip
-                added = added + (sums[t] + product,)
-            sums = added
+            sums += _tiles_chunk(
+                words, scales, x, x_scales, norm, begin, columns, R, C, BITS, NORM, STORED, EXACT
+            )
             words, scales = next_words, next_scales
-        results = ()
-        for t in tl.static_range(T):
-            results = results + (tl.sum(sums[t], axis=1),)
-        return results
+        return tl.sum(sums, axis=1)
 
 
 @triton.jit
@@ -206,7 +184,7 @@ def _tiles_chunk(
     words, scales, x, x_scales, norm, begin, columns: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     BITS: tl.constexpr, NORM: tl.constexpr, STORED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Columns begin to begin + C, times one token -> [R, G, 16]: still to be summed."""
+    """Columns begin to begin + C -> [R, G, 16]: still to be summed."""
     G: tl.constexpr = C // 32
     if EXACT:
         return _times_floats(words, scales, x, norm, begin, columns, R, G, BITS, NORM)
@@ -312,42 +290,24 @@ def load_block(
 
 @triton.jit
 def rows_product(
-    weights, scales, base, scale_base, first, last, x, norm, columns: tl.constexpr, T: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, FORMAT: tl.constexpr, NORM: tl.constexpr,
+    weights, scales, base, scale_base, first, last, x, norm, columns: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr, FORMAT: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """R rows times T tokens, x [T, columns] fp32, times norm if NORM -> a tuple of T [R].
+    """R rows times x [columns] fp32, times norm if NORM -> [R].
 
     weights, scales: what load_block gave for the first C columns.
     """
     if columns <= C:
-        results = ()
-        for t in tl.static_range(T):
-            product = _block_times(
-                weights, scales, x + t * columns, norm, 0, columns, C, R, FORMAT, NORM
-            )
-            results = results + (tl.sum(product, axis=1),)
-        return results
+        return tl.sum(_block_times(weights, scales, x, norm, 0, columns, C, R, FORMAT, NORM), axis=1)
     else:
-        SUMS: tl.constexpr = C // 32 if FORMAT == "mxfp4" else C
-        sums = ()
-        for _ in tl.static_range(T):
-            sums = sums + (tl.zeros((R, SUMS), tl.float32),)
+        sums = tl.zeros((R, C // 32 if FORMAT == "mxfp4" else C), tl.float32)
         for begin in tl.range(0, columns, C):
             next_weights, next_scales = load_block(
                 base, scale_base, first, last, begin + C, columns, C, R, FORMAT
             )
-            added = ()
-            for t in tl.static_range(T):
-                product = _block_times(
-                    weights, scales, x + t * columns, norm, begin, columns, C, R, FORMAT, NORM
-                )
-                added = added + (sums[t] + product,)
-            sums = added
+            sums += _block_times(weights, scales, x, norm, begin, columns, C, R, FORMAT, NORM)
             weights, scales = next_weights, next_scales
-        results = ()
-        for t in tl.static_range(T):
-            results = results + (tl.sum(sums[t], axis=1),)
-        return results
+        return tl.sum(sums, axis=1)
 
 
 @triton.jit

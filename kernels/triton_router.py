@@ -1,8 +1,9 @@
 """The router of one layer on a GPU, for a few tokens, and the norm before it (kernels/cpu/attention.cpp).
 
-Two kernels: a program for each expert's logit; then one for each token, which ranks all experts at once: an
-expert's rank is the number of those that are likelier. As one kernel, in which the last program with a logit
-ranks, it took 5.1 us on an H100 for one token, these 5.0, and for four tokens 17, these 7.
+Two kernels: a program for each token's logit of each expert; then one for each token, which ranks all experts
+at once: an expert's rank is the number of those that are likelier. As one kernel, in which the last program
+with a logit ranks, it took 5.1 us on an H100 for one token, these 5.0. Both are compiled once for any number
+of tokens: a token's bits do not depend on those beside it.
 Axis letters: T tokens, D hidden, E experts, K experts a token.
 """
 
@@ -17,25 +18,24 @@ from kernels.triton_gemv import launch_options, wait_for_inputs
 
 @triton.jit
 def _store_logits(
-    x, norm, eps, router, h_out, logits, saved, E: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
-    C: tl.constexpr, SAVE: tl.constexpr, PDL: tl.constexpr,
+    x, norm, eps, router, h_out, logits, saved, E: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
+    SAVE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One expert a program; the first one stores the normed x, and x."""
-    e = tl.program_id(0)
+    """One expert and one token a program; the first expert's stores the normed x, and x."""
+    e, t = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, C)
     inside = c < D
     gain = tl.load(norm + c, mask=inside, other=0.0)
     weight = tl.load(router + e * D + c, mask=inside, other=0.0) * gain
     wait_for_inputs(PDL)
-    for t in tl.static_range(T):
-        v = tl.load(x + t * D + c, mask=inside, other=0.0)
-        squares, logit = tl.split(tl.sum(tl.join(v * v, weight * v), axis=0))  # one reduction
-        scale = tl.div_rn(1.0, tl.sqrt_rn(squares / D + eps))
-        tl.store(logits + t * E + e, logit * scale)
-        if e == 0:
-            tl.store(h_out + t * D + c, v * scale * gain, mask=inside)
-            if SAVE:
-                tl.store(saved + t * D + c, v, mask=inside)
+    v = tl.load(x + t * D + c, mask=inside, other=0.0)
+    squares, logit = tl.split(tl.sum(tl.join(v * v, weight * v), axis=0))  # one reduction
+    scale = tl.div_rn(1.0, tl.sqrt_rn(squares / D + eps))
+    tl.store(logits + t * E + e, logit * scale)
+    if e == 0:
+        tl.store(h_out + t * D + c, v * scale * gain, mask=inside)
+        if SAVE:
+            tl.store(saved + t * D + c, v, mask=inside)
 
 
 @triton.jit
@@ -98,9 +98,9 @@ def route(
     assert router.is_contiguous()
     padded = triton.next_power_of_2(hidden)
     options = launch_options(x.device)
-    _store_logits[(experts,)](
+    _store_logits[(experts, tokens)](
         x, norm, eps, router, h_out, probabilities, x if saved is None else saved, E=experts, D=hidden,
-        T=tokens, C=padded, SAVE=saved is not None, num_warps=max(1, min(16, padded // 512)), **options,
+        C=padded, SAVE=saved is not None, num_warps=max(1, min(16, padded // 512)), **options,
     )  # fmt: skip
     _choose_experts[(tokens,)](
         probabilities, ids, weights, table, slots, missed, layer, E=experts, K=top_k,

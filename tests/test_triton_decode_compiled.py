@@ -22,9 +22,9 @@ REGISTERS = {1: 255, 2: 255, 4: 255, 8: 255, 16: 128}  # that a thread of so man
 
 POINTERS = {
     "base": "*u8", "arena": "*u8", "slots": "*i32", "ids": "*i32", "table": "*i32", "missed": "*i32",
-    "position": "*i32", "keys": "*fp16", "values": "*fp16", "q": "*fp16", "q_out": "*fp16",
-    "positions": "*i32", "sequences": "*i32", "context": "i32", "splits": "i32", "window": "i32",
-    "eps": "fp32", "clip": "fp32", "rows": "i32", "layer": "i32", "stride": "i64",
+    "keys": "*fp16", "values": "*fp16", "q": "*fp16", "q_out": "*fp16",
+    "positions": "*i32", "pages": "*i32", "most_pages": "i32", "splits": "i32", "window": "i32",
+    "eps": "fp32", "clip": "fp32", "rows": "i32", "tokens": "i32", "layer": "i32", "stride": "i64",
     "ram": "*u8", "ram_stride": "i64", "first_in_ram": "i32",
 }  # fmt: skip
 
@@ -34,7 +34,7 @@ def kernels(pdl: bool) -> dict[str, tuple[str, dict[str, Any], int]]:
     from kernels import triton_decode as module
 
     qwen = {"D": 2048, "F": 768, "IN_RAM": True, "PDL": pdl}  # where weights are read from matters to loads
-    dense = {"COLUMNS": 2048, "T": 1, "PADDED": 2048, "NORM": True, "BIAS": False, "RESIDUAL": False}
+    dense = {"COLUMNS": 2048, "PADDED": 2048, "NORM": True, "BIAS": False, "RESIDUAL": False}
     dense |= {"PDL": pdl}
     found: dict[str, tuple[str, dict[str, Any], int]] = {}
     for format, bits in (("int4", 4), ("int8", 8)):
@@ -59,18 +59,18 @@ def kernels(pdl: bool) -> dict[str, tuple[str, dict[str, Any], int]]:
     shape = module.guessed_shape("linear", "bf16", 2048)
     constants = {**dense, "R": shape.rows, "C": shape.columns, "FORMAT": "bf16"}
     found["linear bf16"] = ("_linear_rows", constants, shape.warps)
-    constants = {"E": 128, "D": 2048, "T": 1, "C": 2048, "SAVE": True, "PDL": pdl}
+    constants = {"E": 128, "D": 2048, "C": 2048, "SAVE": True, "PDL": pdl}
     found["logits"] = ("_store_logits", constants, 4)
     constants = {"E": 128, "K": 8, "P": 128, "NORMALISE": True, "PDL": pdl}
     found["choice"] = ("_choose_experts", constants, 4)
     found["combine"] = ("_combine", {"D": 2048, "K": 8, "BLOCK": 256, "PDL": pdl}, 2)
     constants = {"H": 32, "G": 4, "d": 128, "BLOCK": 128, "FULL": 4096, "QK_NORM": "head", "CLIP": False}
-    found["rope"] = ("_rope_and_store", {**constants, "PDL": pdl}, 1)
+    found["rope"] = ("_rope_and_store", {**constants, "PAGE": 64, "PDL": pdl}, 1)
     for d, block in ((64, 64), (128, 128)):
         constants = {"H": 32, "d": d, "BLOCK": block, "SPLIT": 128, "PDL": pdl}
         found[f"join {d}"] = ("_join_rows", {**constants, "JOINED": 32}, 4)
         constants |= {"G": 4, "SCALE": 0.1, "QUERIES": 16, "STEP": 64, "STAGES": 3, "UNSEEN": -1e30}
-        found[f"attend {d}"] = ("_attend_splits", constants, 4)
+        found[f"attend {d}"] = ("_attend_splits", {**constants, "PAGE": 64}, 4)
     return found
 
 
