@@ -1,12 +1,15 @@
 """What clients who mean ill, or are just slow or gone, can and cannot do: on a tiny random model."""
 
 import json
+import signal
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 from servers import Server, serving
@@ -324,6 +327,36 @@ def test_what_does_not_finish_in_time_is_told_so(llm: LLM):
         server.http.should_exit = True
         with pytest.raises(openai.APIError, match="the server is stopping"):
             list(stream)
+
+
+def test_a_body_that_does_not_come_does_not_hold_up_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """uvicorn cancelled such a request, and wrote a traceback."""
+    monkeypatch.setattr("flashmoe.server.serve._AFTER_CANCEL_S", 0)
+    with serving(None) as server, server.connect() as connection:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
+        connection.sendall(head.encode() + b"{")
+        wait_for(lambda: server.guard._held_bytes)
+        server.http.should_exit = True
+        with suppress(ConnectionResetError):
+            assert read_all(connection) == b""
+    assert not server.http.server_state.tasks
+    assert capsys.readouterr().err == ""
+
+
+def test_a_second_ctrl_c_ends_streams_at_once_and_without_a_traceback(
+    llm: LLM, capsys: pytest.CaptureFixture[str]
+):
+    with serving(llm, drain_s=60) as server, server.client() as client:
+        stream = client.chat.completions.create(model="x", messages=USER, max_tokens=4000, stream=True)
+        next(stream)
+        server.http._note(signal.SIGINT, None)
+        server.http._note(signal.SIGINT, None)
+        with pytest.raises((openai.APIError, httpx2.TransportError)):
+            list(stream)
+        wait_for(lambda: not llm.scheduler.running and not server.http.server_state.tasks)
+    assert capsys.readouterr().err == ""
 
 
 # Options

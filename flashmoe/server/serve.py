@@ -25,6 +25,7 @@ from flashmoe.server.security import AllowedHosts, is_loopback
 from flashmoe.server.service import Service
 
 _AFTER_CANCEL_S = 5  # for the streams to say so
+_AFTER_CUT_S = 1  # for requests to notice that their clients are gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +101,31 @@ class HttpServer(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=max(1, int(options.limits.idle_s)),
-                timeout_graceful_shutdown=int(options.drain_s) + _AFTER_CANCEL_S,
+                timeout_graceful_shutdown=int(options.drain_s) + _AFTER_CANCEL_S + _AFTER_CUT_S,
                 h11_max_incomplete_event_size=32 * 1024,
             )
         )
         self._service, self._drain_s = service, options.drain_s
         self.last_signal: int | None = None
+        self._ending: asyncio.AbstractEventLoop | None = None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Drain, then cancel."""
-        timer = asyncio.get_running_loop().call_later(self._drain_s, self._service.cancel_all)
+        """Drain, then cancel, then cut off: uvicorn would cancel tasks, and log a traceback of each."""
+        self._ending = loop = asyncio.get_running_loop()
+        timers = (
+            loop.call_later(0.0 if self.force_exit else self._drain_s + _AFTER_CANCEL_S, self._cut_off),
+            loop.call_later(self._drain_s, self._service.cancel_all),
+        )
         await super().shutdown(sockets)
-        timer.cancel()
+        for timer in timers:
+            timer.cancel()
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=_AFTER_CUT_S)
+
+    def _cut_off(self) -> None:
+        """Whoever is still connected: a body that does not come, a reader who does not read."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -130,6 +144,8 @@ class HttpServer(uvicorn.Server):
         self.last_signal = number
         if self.should_exit and number == signal.SIGINT:
             self.force_exit = True
+            if self._ending is not None:
+                self._ending.call_soon_threadsafe(self._cut_off)
         self.should_exit = True
 
 
