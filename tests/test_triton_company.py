@@ -51,15 +51,16 @@ def packed(format: str, rows: int, columns: int) -> GpuMatrix:
     return GpuMatrix(expert_slots.pack_matrix(format, weight).to(DEVICE), format, rows, columns)
 
 
-@pytest.mark.parametrize("chunks", [False, True])
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("sizes", tiny_or((1024, 2048), (512, 4096), (256, 12288), tiny=(20, 96)))
+@pytest.mark.parametrize("sizes", tiny_or((1024, 2048), (512, 4096), (256, 12288), tiny=(16, 96)))
 @pytest.mark.parametrize("format", DENSE)
-def test_dense_products(format: str, sizes: tuple[int, int], exact: bool, chunks: bool) -> None:
+def test_dense_products(format: str, sizes: tuple[int, int], exact: bool) -> None:
     if exact and format in expert_slots.FLOATS:
         pytest.skip("always exact")
     rows, columns = sizes
-    weight, shape = packed(format, rows, columns), Shape(2, 4, 64) if chunks else None
+    weight, shape = packed(format, rows, columns), None
+    if DEVICE == "cpu":  # few programs, and columns in chunks, as 12,288 of them are
+        shape = Shape(1, 1, 64) if format in expert_slots.BITS else Shape(16, 1, 64)
     x, norm, before, bias = (
         random(i, *n) for i, n in enumerate([(MOST, columns), (columns,), (MOST, rows), (rows,)])
     )
@@ -111,7 +112,7 @@ def test_embeddings(format: str, sizes: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("sizes", tiny_or((2048, 768, 8), (4096, 1536, 2), tiny=(64, 32, 2)))
+@pytest.mark.parametrize("sizes", tiny_or((2048, 768, 8), (4096, 1536, 2), tiny=(32, 32, 1)))
 @pytest.mark.parametrize("format", expert_slots.FORMATS)
 def test_experts(format: str, sizes: tuple[int, int, int], exact: bool) -> None:
     if exact and format not in expert_slots.BITS:
