@@ -80,6 +80,7 @@ class SessionStore:
         self._sorted: list[tuple[bytes, str]] = []
         self._tokens: dict[str, bytes] = {}
         self._useless: set[tuple[str, int, int]] = set()  # name, size and time of files that were told of
+        self._has_failed = False  # the last one that was to be written
         self._folder_ns = -1
         self._last_used_ns = 0
         _open_folder(folder)
@@ -140,8 +141,10 @@ class SessionStore:
 
     def end_save(self, saving: Saving) -> None:
         """Take in what was written, or log why it was not."""
-        if saving.error is not None:
-            log.warning("a session of %d tokens is not stored: %s", len(saving.ids), saving.error)
+        if saving.error is not None:  # a full disk stays full for a while: one line says so
+            level = logging.DEBUG if self._has_failed else logging.WARNING
+            log.log(level, "a session of %d tokens is not stored: %s", len(saving.ids), saving.error)
+        self._has_failed = not saving.is_written
         if not saving.is_written:
             return
         self._add(saving.key, _as_bytes(saving.ids))

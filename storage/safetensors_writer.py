@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -171,11 +171,17 @@ def new_file(path: Path, needed_bytes: int, private: bool = False) -> Iterator[B
         os.replace(partial, path)
         sync_folder(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
         raise StorageError(_failure(path, needed_bytes, error.strerror or str(error))) from error
     except BaseException:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
         raise
+
+
+def _remove(partial: Path) -> None:
+    """What is half written. A read-only file system refuses that, too: the first error is the one to tell."""
+    with suppress(OSError):
+        partial.unlink(missing_ok=True)
 
 
 def _require_room(path: Path, needed_bytes: int) -> None:

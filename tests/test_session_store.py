@@ -470,6 +470,43 @@ def test_a_disk_known_to_be_too_full_is_a_logged_line(
     assert "the disk is too full" in caplog.text and files(tmp_path) == []
 
 
+def test_a_disk_that_stays_full_is_one_line_and_a_new_one_when_it_fills_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A busy server wrote a line a conversation."""
+    usage = namedtuple("usage", "total used free")
+    store = open_store(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(safetensors_writer.shutil, "disk_usage", lambda path: usage(9, 9, 0))
+        for first in range(5):
+            store.save([first, 2], rows(2))
+    assert caplog.text.count("is not stored") == 1
+    store.save([7, 8], rows(2))
+    monkeypatch.setattr(safetensors_writer.shutil, "disk_usage", lambda path: usage(9, 9, 0))
+    store.save([9, 9], rows(2))
+    assert caplog.text.count("is not stored") == 2 and len(store) == 1
+
+
+def test_a_file_system_that_became_read_only_is_a_logged_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It also refuses to remove the file that it refused to make; that error ended whatever was computed."""
+    read_only = OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def refuses(*_: object, **__: object) -> None:
+        raise read_only
+
+    store = open_store(tmp_path)
+    store.save([1, 2], rows(2))
+    monkeypatch.setattr("builtins.open", refuses)
+    monkeypatch.setattr(Path, "unlink", refuses)
+    monkeypatch.setattr(os, "utime", refuses)
+    store.save([1, 2, 3], rows(3))
+    message = caplog.records[-1].message
+    assert message.startswith("a session of 3 tokens is not stored: cannot write ")
+    assert "Read-only file system; needs " in message
+
+
 def test_the_file_is_synced_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     fsync, replace = os.fsync, os.replace
