@@ -7,7 +7,7 @@ how many programs are launched. Both kernels are compiled once for all rows, win
 
 The ceiling: 4 B of keys and values a key, KV head and element of a head, over the GPU's bandwidth. 8,192 keys
 of 4 heads of 128 are 16.8 MB: 5 us of an H100's 3.35 TB/s. For a few hundred keys two launches and one read
-of memory, 4 to 5 us, are all of it, whatever the arithmetic: so queries are padded to the 16 rows of tl.dot.
+of memory are all of it (4 to 5 us, an estimate), so queries are padded to the 16 rows of tl.dot.
 
 Axis letters: B rows, H query heads, G KV heads, d head size, P pages of keys and values, M of a sequence.
 """
@@ -36,7 +36,10 @@ def _first_key(position, window):
     return tl.maximum(position - window + 1, 0)
 
 
-@triton.jit(do_not_specialize=["most_pages", "splits", "window"])
+@triton.jit(
+    do_not_specialize=["most_pages", "splits", "window"],
+    do_not_specialize_on_alignment=["pages", "positions"],
+)
 def _attend_splits(
     q, keys, values, pages, positions, parts, sums, most_pages, splits, window, PAGE: tl.constexpr,
     SCALE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, BLOCK: tl.constexpr,
@@ -77,7 +80,7 @@ def _attend_splits(
         tl.store(sums + 2 * to + 1, top, mask=mine)
 
 
-@triton.jit(do_not_specialize=["splits", "window"])
+@triton.jit(do_not_specialize=["splits", "window"], do_not_specialize_on_alignment=["positions"])
 def _join_rows(
     parts, sums, positions, out, splits, window, H: tl.constexpr, d: tl.constexpr,
     BLOCK: tl.constexpr, JOINED: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,

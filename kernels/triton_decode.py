@@ -6,6 +6,7 @@ and int8 weights meet int8 activations, rounded as the CPU library rounds them, 
 No atomics on data: a result does not depend on the order in which programs run. Nor on how many tokens there
 are: one compiled kernel takes any number. `linear` keeps its rows of the weight in registers and multiplies
 one token after the other with them; of experts, and wherever weights are few, each token has its programs.
+Small arrays [T, K] begin where T puts them, so kernels are not compiled for their alignment either.
 
 On compute capability 9.0 and later kernels are launched programmatically dependent: one starts while the one
 before it ends, and reads its weights before it waits for it.
@@ -193,7 +194,7 @@ def _expert(slot, arena, stride, ram, ram_stride, first_in_ram, IN_RAM: tl.const
     return at
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _up_tiles(
     x, slots, arena, stride, ram, ram_stride, first_in_ram, h, h_scales, D: tl.constexpr, F: tl.constexpr,
     K: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, RUN: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -222,7 +223,7 @@ def _up_tiles(
             tl.store(h_scales + at + tl.arange(0, 1), h_scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _down_tiles(
     h, h_scales, slots, arena, stride, ram, ram_stride, first_in_ram, products, D: tl.constexpr,
     F: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, RUN: tl.constexpr,
@@ -247,7 +248,7 @@ def _down_tiles(
         tl.store(products + pair * D + row, tl.reshape(y, (16 * R,)), mask=row < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _up_rows(
     x, slots, arena, stride, ram, ram_stride, first_in_ram, h, GATE_SCALES: tl.constexpr, UP: tl.constexpr,
     UP_SCALES: tl.constexpr, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
@@ -272,7 +273,7 @@ def _up_rows(
         tl.store(h + pair * F + row, _activate(gate, up, ACTIVATION), mask=row < F)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _down_rows(
     h, slots, arena, stride, ram, ram_stride, first_in_ram, products, DOWN: tl.constexpr,
     DOWN_SCALES: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
@@ -295,7 +296,7 @@ def _down_rows(
         tl.store(products + pair * D + row, y, mask=row < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["weights"])
 def _combine(products, weights, x, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """x[t] += sum over k, in order, of weights[t, k] products[t K + k]."""
     wait_for_inputs(PDL)

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.triton_gemv import launch_options, wait_for_inputs
 
 
-@triton.jit(do_not_specialize=["most_pages"])
+@triton.jit(do_not_specialize=["most_pages"], do_not_specialize_on_alignment=["pages", "positions"])
 def _rope_and_store(
     qkv, cos, sin, pages, positions, keys, values, q_out, q_norm, k_norm, eps, clip, most_pages,
     PAGE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, BLOCK: tl.constexpr,

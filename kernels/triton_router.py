@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.triton_gemv import launch_options, wait_for_inputs
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["logits"])
 def _store_logits(
     x, norm, eps, router, h_out, logits, saved, E: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
     SAVE: tl.constexpr, PDL: tl.constexpr,
@@ -38,7 +38,7 @@ def _store_logits(
             tl.store(saved + t * D + c, v, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["probabilities", "ids", "weights", "table", "slots"])
 def _choose_experts(
     probabilities, ids, weights, table, slots, missed, layer, E: tl.constexpr, K: tl.constexpr,
     P: tl.constexpr, NORMALISE: tl.constexpr, PDL: tl.constexpr,

@@ -13,7 +13,7 @@ from kernels.triton_decode import GpuMatrix
 from kernels.triton_gemv import launch_options, wait_for_inputs
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["ids"])
 def _embed(
     base, ids, out, missed, NO_MISS: tl.constexpr, D: tl.constexpr, C: tl.constexpr, FORMAT: tl.constexpr,
     PDL: tl.constexpr,
