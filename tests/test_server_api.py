@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -14,6 +15,8 @@ from starlette.testclient import TestClient
 
 from flashmoe import LLM
 from flashmoe.server.app import page_routes
+from flashmoe.server.errors import ApiError
+from flashmoe.server.service import check_length
 
 USER: Any = [{"role": "user", "content": "what is the capital of France"}]
 COLOURS = {
@@ -456,6 +459,40 @@ def test_a_conversation_longer_than_the_context_is_a_400_for_streams_too(client:
     with pytest.raises(openai.BadRequestError, match="the context holds") as refused:
         client.chat.completions.create(model="x", messages=long, stream=True)
     assert refused.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    "path, fields",
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "7" * 200_000}]}),
+        ("/v1/completions", {"prompt": "7" * 200_000}),
+        ("/tokenize", {"content": "7" * 200_000}),
+    ],
+)
+def test_a_long_text_of_many_tokens_is_refused_before_it_is_tokenised_whole(
+    server: Server, llm: LLM, monkeypatch: pytest.MonkeyPatch, path: str, fields: Any
+):
+    """4 MB of digits took 1.5 GB beside the budget, for a model with room for 64 characters a token."""
+    seen: list[int] = []
+    encode = llm.tokenizer.encode
+
+    def counted(text: str, *options: Any, **named: Any) -> list[int]:
+        seen.append(len(text))
+        return encode(text, *options, **named)
+
+    monkeypatch.setattr(llm.tokenizer, "encode", counted)
+    status, body = server.post(path, fields)
+    assert status == 400 and body["error"]["code"] == "context_length_exceeded"
+    assert "the context holds 4096; shorten it" in body["error"]["message"] and seen == [50_000]
+
+
+def test_a_long_text_that_fits_is_not_refused_for_being_cut():
+    """Its two pieces have 4120 tokens; whole it has 4000."""
+    tokenizer = SimpleNamespace(encode=lambda piece: [0] * (len(piece) // 20 + 60))
+    opened: Any = SimpleNamespace(llm=SimpleNamespace(tokenizer=tokenizer), context=4096)
+    check_length("x" * 80_000, opened, "prompt")
+    with pytest.raises(ApiError, match="the context holds 4096"):
+        check_length("x" * 90_000, opened, "prompt")
 
 
 def test_an_unknown_path_or_method_has_an_error_of_the_same_shape(server: Server):

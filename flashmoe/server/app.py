@@ -90,10 +90,12 @@ def _model_routes(service: Service) -> APIRouter:
     @router.post("/tokenize", responses=_errors(), summary="Text to token ids")
     async def tokenize(body: TokenizeRequest) -> TokenList:
         opened = service.opened
-        check_length(body.content, opened, "content")
-        tokenizer = opened.llm.tokenizer
-        ids = await service.in_thread(lambda: tokenizer.encode(body.content, body.add_special))
-        return TokenList(tokens=ids)
+
+        def encode() -> list[int]:
+            check_length(body.content, opened, "content")
+            return opened.llm.tokenizer.encode(body.content, body.add_special)
+
+        return TokenList(tokens=await service.in_thread(encode))
 
     @router.post("/detokenize", responses=_errors(), summary="Token ids to text")
     async def detokenize(body: DetokenizeRequest) -> Text:
