@@ -83,18 +83,18 @@ class Residency:
     ) -> list[ExpertId]:
         """Observe one token's event and hold what is resident of it -> what is not, in top-k order."""
         self.policy.step(layer, routed, weights, scores, token)
-        return self._hold(layer, routed)
+        return self.hold(layer, routed)
 
     def begin_together(
         self, layer: int, experts: Sequence[int]
     ) -> tuple[list[ExpertId], list[ExpertId]]:
         """One event of several sequences' tokens, which the policy has seen; `experts` that they need, each
         once -> as `begin`. They must fit in the capacity."""
-        missing = self._hold(layer, experts)
+        missing = self.hold(layer, experts)
         return missing, self.make_room(layer, len(missing)) if missing else []
 
-    def _hold(self, layer: int, experts: Sequence[int]) -> list[ExpertId]:
-        """Hold what is resident -> what is not."""
+    def hold(self, layer: int, experts: Sequence[int]) -> list[ExpertId]:
+        """Hold what is resident of an event that the policy has seen -> what is not."""
         missing: list[ExpertId] = []
         pool, held = self._pools[layer], self.held
         for expert in experts:

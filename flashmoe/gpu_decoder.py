@@ -51,7 +51,6 @@ from kernels.triton_moe import ExpertPrefill
 from kernels.triton_tiles import round_to_int8
 
 MOST_ROWS = MOST_TOKENS  # of a step; more sequences take several
-LINEAR_ROWS = 4  # steps of so many rows, or fewer, need all kernels there are
 WARM_UP_TOKENS = (1, 5, PREFILL_CHUNK)  # prompts that take different kernels or tiles
 # Whole steps are launched at once while fewer than this share of them lack an expert: a miss wastes half a
 # step's computing, which is about three times what waiting for every router costs.
@@ -91,7 +90,6 @@ class GpuDecoder:
         self._open_steps()
         self._guessing = False  # in the step under way
         self._rounds = decode.format in BITS and not model.exact  # what experts see of a prompt, to int8
-        self._misses = 1.0  # the share of recent steps that lacked an expert
         self._unreported: _StepRouting | None = None
 
     def use_cache(
@@ -99,7 +97,7 @@ class GpuDecoder:
     ) -> None:
         """Go on with another cache, over the same arena and table."""
         self.experts, self.prefetcher, self.ram_arena = cache, prefetcher, ram_arena
-        self._misses, self._unreported = 1.0, None
+        self._unreported = None
         self._open_steps()  # graphs hold the address of the RAM slots before
 
     def _open_steps(self) -> None:
@@ -234,12 +232,14 @@ class GpuDecoder:
             h, _, weights, ids = chunk_router(self.model, layer, x)
             self._prefill.run(h, ids, nobody, self.arena, weights)
             self._prefill.combine(weights, torch.zeros_like(x))
-        bucket, layered = bucket_for(1, self.kv_cache.context), not self._at_once(False)
-        # Where a step is many graphs, those of more rows can wait; not the kernels, which take seconds each.
-        for rows in range(1, min(self._most_rows, LINEAR_ROWS if layered else MOST_ROWS) + 1):
-            self._prepare(self._steps_of(rows), bucket, False)
-        if self.prefetcher is not None:
-            self._prepare(self._steps_of(1), bucket, True)
+        bucket, one = bucket_for(1, self.kv_cache.context), self._steps_of(1)
+        self._prepare(one, bucket)
+        self._guessing = self.prefetcher is not None
+        self._prepare(one, bucket)
+        self._guessing = False
+        for rows in range(2, self._most_rows + 1):
+            if not self._needs_layers(self._steps_of(rows)):  # else these are many graphs, and can wait
+                self._prepare(self._steps_of(rows), bucket)
         self.kv_cache.give_back(0)
 
     # A token of each of several sequences
@@ -252,64 +252,61 @@ class GpuDecoder:
             self._run_step(steps, bucket_for(longest, self.kv_cache.context), batch)
         return steps.logits
 
-    def _at_once(self, guessing: bool) -> bool:
-        """Whether a step is launched whole."""
+    def _needs_layers(self, steps: Steps) -> bool:
+        """Whether the host may have to look at what each layer was routed to. Of one row that lacks what is
+        on the drive, all that follows is launched again instead; several lack something too often."""
         cache = self.experts
-        return cache.is_complete or cache.in_place or (self._misses < RARE_MISSES and not guessing)
+        return not cache.is_complete and not (cache.in_place and (steps.rows == 1 or not cache.needs_drive))
 
-    def _prepare(self, steps: Steps, bucket: int, guessing: bool) -> bool:
+    def _at_once(self, steps: Steps) -> bool:
+        """Whether a step is launched whole."""
+        return not self._needs_layers(steps) or steps.missed < RARE_MISSES
+
+    def _prepare(self, steps: Steps, bucket: int) -> bool:
         """Capture what a step may need -> `_at_once`."""
-        cache, at_once = self.experts, self._at_once(guessing)
-        layered = not (cache.is_complete or cache.in_place)
-        steps.prepare(bucket, at_once, layered, cache.in_place and cache.needs_drive, guessing)
+        layers, at_once, cache = self._needs_layers(steps), self._at_once(steps), self.experts
+        rest = cache.in_place and cache.needs_drive and not layers
+        steps.prepare(bucket, at_once, layers, rest, self._guessing)
         return at_once
 
     def _run_step(self, steps: Steps, bucket: int, batch: Sequence[Stretch]) -> None:
         tokens = [stretch.tokens[0] for stretch in batch]
         steps.begin(batch)
-        in_place, guessing = self.experts.in_place, False
-        if self._misses >= RARE_MISSES and self.prefetcher is not None and steps.rows == 1:
-            guessing = self.prefetcher.is_on and not (self.experts.is_complete or in_place)
-        self._guessing = guessing
-        if self._prepare(steps, bucket, guessing):
-            self.experts.commit()
-            steps.whole(bucket).launch()
-            steps.mark()
-            self._report()  # of the step before, while this one is computed
-            self.experts.promote()
+        guessing = self.prefetcher is not None and self.prefetcher.is_on and steps.rows == 1
+        self._guessing = guessing and not self._at_once(steps)
+        at_once = self._prepare(steps, bucket)
+        self.experts.commit()
+        first = steps.whole(bucket) if at_once else steps.segment(bucket, 0, self._guessing)
+        first.launch()
+        steps.mark()
+        self._report()  # of the step before, while this one is computed
+        self.experts.promote()
+        if at_once:
             steps.wait()
-            first = steps.first_missed()
-            missed = first < len(self.model.moe_layers)
-            self._note(steps, tokens, 0, first)
-            if missed and in_place:
-                self._rest_at_once(steps, bucket, first, tokens)
-            elif missed:
-                self._report()
-                steps.again_from(first)
-                self._layer_by_layer(steps, bucket, first, tokens)
+            layer = steps.first_missed()
+            self._note(steps, tokens, 0, layer)
+            missed = layer < len(self.model.moe_layers)
+            if missed:
+                self._go_on_from(steps, bucket, layer, tokens)
         else:
-            self._report()
-            steps.segment(bucket, 0, guessing).launch()
-            steps.mark()
             missed = self._layer_by_layer(steps, bucket, 0, tokens)
-        if not self.experts.is_complete:
-            self._misses += NEWEST * (missed - self._misses)
+        steps.missed += NEWEST * (missed - steps.missed)
+
+    def _go_on_from(self, steps: Steps, bucket: int, layer: int, tokens: list[int]) -> None:
+        """A step that was launched whole lacked an expert in `layer`, counted among those with experts."""
+        self._report()
+        if self._needs_layers(steps):
+            steps.again_from(layer)
+            self._layer_by_layer(steps, bucket, layer, tokens)
+        else:
+            self._rest_at_once(steps, bucket, layer, tokens)
 
     def _rest_at_once(self, steps: Steps, bucket: int, missed: int, tokens: list[int]) -> None:
         """The rest of a step that was launched whole, from layer `missed` on, which lacks an expert: when
         the drive has brought it, all that follows is launched again."""
-        layers = self.model.moe_layers
-        while missed < len(layers):
+        while missed < len(self.model.moe_layers):
             self._report()
-            event = None
-            if steps.rows == 1:
-                ids, weights = steps.ids[missed, 0].tolist(), steps.weights[missed, 0].tolist()
-                event = self.experts.fetch(layers[missed], ids, weights, steps.scores[missed, 0], tokens[0])
-                event.late()
-                steps.late_slots[0] = self.table[missed, ids]
-                steps.late(missed).launch()
-            else:
-                self._serve_together(steps, missed, tokens)
+            event = self._fetch_in_place(steps, missed, tokens)
             steps.rest(bucket, missed).launch()
             steps.mark()
             if event is not None:
@@ -330,6 +327,8 @@ class GpuDecoder:
             here = all(self.experts.all_resident(layer, of_row) for of_row in ids)
             if here:
                 steps.run(ordinal).launch()
+            elif self.experts.in_place:
+                event = self._fetch_in_place(steps, ordinal, tokens)
             elif steps.rows == 1:
                 event = self._fetch(steps, ordinal, tokens[0])
             else:
@@ -367,6 +366,25 @@ class GpuDecoder:
         steps.late_slots.fill_(-1)
         for place, slot in event.late():
             steps.late_slots[0, place] = slot
+        steps.late(ordinal).launch()
+        return event
+
+    def _fetch_in_place(self, steps: Steps, ordinal: int, tokens: list[int]) -> MissEvent | None:
+        """A layer's experts, of which some are on the drive: launches the products of all, when they are in
+        RAM. None: they came otherwise, and nothing is left to settle."""
+        ids, layer = steps.ids[ordinal], self.model.moe_layers[ordinal]
+        routed, weights, scores = ids.tolist(), steps.weights[ordinal].tolist(), steps.scores[ordinal]
+        if steps.rows == 1:
+            event = self.experts.fetch(layer, routed[0], weights[0], scores[0], tokens[0])
+        else:
+            experts = serving_order(ids.numpy())
+            if not self.experts.can_fetch_together(len(experts)):
+                self._serve_together(steps, ordinal, tokens)
+                return None
+            seen = list(zip(routed, weights, scores, tokens, strict=True))
+            event = self.experts.fetch_together(layer, experts, seen)
+        event.late()
+        steps.late_slots.copy_(self.table[ordinal][ids.long()])
         steps.late(ordinal).launch()
         return event
 

@@ -116,7 +116,7 @@ class DecodeStep:
         floats = attention_workspace(rows, c.num_attention_heads, c.head_dim, model.pages.context)
         self._attention = empty("attention", floats)
         width = max((m.mlp[0].rows for m in model.layers if m.mlp is not None), default=0)
-        self._gate, self._up = empty("gate", rows, width), empty("up", rows, width)
+        empty("gate", rows, width), empty("up", rows, width)  # of the widest layer
         self._down, self._factor = empty("down", rows, hidden), empty("factor", rows, 1)
 
     def _empty(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -163,23 +163,21 @@ class DecodeStep:
 
     def dense_network(self, index: int) -> None:
         """x += the network of a layer without experts."""
-        w = self.model.layers[index].weights
-        self._mlp(index, rms_norm(self.model, self.x, w.post_attention_norm), None)
+        self._mlp(index, self.x, self.model.layers[index].weights.post_attention_norm, None)
 
     def shared_expert(self, index: int, ordinal: int) -> None:
         """x += the shared expert's gated output, in a layer that has one."""
         layer = self.model.layers[index]
         if layer.shared_gate is not None:
             linear(self.h[ordinal], layer.shared_gate, self._factor, exact=True)
-            self._mlp(index, self.h[ordinal], torch.sigmoid(self._factor))
+            self._mlp(index, self.h[ordinal], None, torch.sigmoid(self._factor))
 
-    def _mlp(self, index: int, h: Tensor, factor: Tensor | None) -> None:
-        mlp, exact = self.model.layers[index].mlp, self.model.exact
+    def _mlp(self, index: int, h: Tensor, norm: Tensor | None, factor: Tensor | None) -> None:
+        mlp, exact, eps = self.model.layers[index].mlp, self.model.exact, self.model.config.rms_norm_eps
         assert mlp is not None
-        width = mlp[0].rows
-        gate, up = self._gate[:, :width], self._up[:, :width]
-        linear(h, mlp[0], gate, exact=exact)
-        linear(h, mlp[1], up, exact=exact)
+        gate, up = (self._empty(name, self.rows, mlp[0].rows) for name in ("gate", "up"))
+        linear(h, mlp[0], gate, norm=norm, eps=eps, exact=exact)
+        linear(h, mlp[1], up, norm=norm, eps=eps, exact=exact)
         hidden = ACTIVATIONS[self.model.config.hidden_act](gate, up)
         linear(hidden, mlp[2], self._down, exact=exact)
         self.x.add_(self._down if factor is None else self._down * factor)

@@ -40,6 +40,7 @@ class Steps:
         self.rows, self._model, self._experts = rows, model, experts
         self.on_gpu: DecodeStep = DecodeStep(model, rows, None if like is None else like.on_gpu)
         self._segments, self._graph_pool = model.segments(), graphs
+        self.missed = 1.0  # the share of recent steps that lacked an expert
         self._graphs: dict[tuple[str, int, int], Graph] = {}
         self._memory: dict[str, Tensor] = {} if like is None else like._memory
         gpu, pinned = self.on_gpu, self._pinned
@@ -104,7 +105,7 @@ class Steps:
                 self.segment(bucket, ordinal, guessing)
                 if ordinal < last:
                     self.run(ordinal)
-        if (rest or layer_by_layer) and self.rows == 1:
+        if rest or layer_by_layer:
             for ordinal in range(last):
                 self.late(ordinal)
 
@@ -128,7 +129,7 @@ class Steps:
         return self._graph("run", 0, ordinal, partial(self._run, ordinal))
 
     def late(self, ordinal: int) -> Graph:
-        """Those that have come since, by `late_slots`; for one row."""
+        """Those that have come since, by `late_slots`."""
         return self._graph("late", 0, ordinal, partial(self._run_late, ordinal), warm_up=False)
 
     def _graph(

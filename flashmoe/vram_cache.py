@@ -32,7 +32,8 @@ PROMOTED_SHARE = 0.25
 IDLE_COPIES = 8  # idle time of PCIe that is remembered, in copies of one expert
 
 
-_Seen = tuple[Sequence[float], Sequence[float] | None, int]  # weights, scores, token of an event
+# What a policy is told of one token in an event, as in `CachePolicy.step`: ids, weights, scores, token.
+TokenRouting = tuple[Sequence[int], Sequence[float], Sequence[float] | None, int]
 
 
 class VramCache:
@@ -134,10 +135,10 @@ class VramCache:
         guesses = bool(self._staged) or self.ram.has_guesses
         for i, layer in enumerate(layers):
             ordinal, routed = self._ordinals[layer], ids[i]
-            seen = (weights[i], None if scores is None else scores[i], token)
-            self._observe_below(ordinal, routed, seen)
+            seen = (routed, weights[i], None if scores is None else scores[i], token)
+            self._observe_below(ordinal, seen)
             if self._evicts:
-                self.policy.step(ordinal, routed, *seen)
+                self.policy.step(ordinal, *seen)
             if self.in_place:
                 lacking += [key for expert in routed if (key := (ordinal, expert)) not in self._slots]
             self.counters.hits += len(routed)
@@ -159,6 +160,20 @@ class VramCache:
         """Begin an event of which an expert is not in the table. Copies of what RAM holds are under way when
         this returns, and reads of the rest. `weights` and `scores` must stay as they are until it is settled.
         """
+        return self._fetch(layer, ids, [(ids, weights, scores, token)])
+
+    def can_fetch_together(self, experts: int) -> bool:
+        """Whether one event may bring so many experts of a layer, all of which stay until its end."""
+        return self.in_place and experts <= self.ram.lower.geometry.capacity
+
+    def fetch_together(
+        self, layer: int, experts: Sequence[int], tokens: Sequence[TokenRouting]
+    ) -> "MissEvent":
+        """As `fetch`, of several sequences' tokens; `experts`, each once, are those that they need."""
+        assert self.can_fetch_together(len(experts))
+        return self._fetch(layer, experts, tokens)
+
+    def _fetch(self, layer: int, ids: Sequence[int], tokens: Sequence[TokenRouting]) -> "MissEvent":
         recovered = self._begin_event()
         ordinal = self._ordinals[layer]
         keys = [(ordinal, expert) for expert in ids]
@@ -179,7 +194,7 @@ class VramCache:
         listed = self._ready[layer] if recovered else ()
         waiting = [key for key in keys if key in self._unlisted or key[1] in listed]
         rising = [] if self.in_place else [key for key in missing if key not in on_cpu]
-        event = MissEvent(self, ordinal, ids, (weights, scores, token), missing, rising, on_cpu, waiting)
+        event = MissEvent(self, ordinal, ids, tokens, missing, rising, on_cpu, waiting)
         for key in event.rising:
             if key in self._staged:
                 self._take_guess(key)
@@ -458,8 +473,10 @@ class VramCache:
         time until the GPU has been given the event's work."""
         event.is_decided = True
         ordinal, rising = event.ordinal, event.rising
-        self._observe_below(ordinal, event.ids, event.seen)
-        self._up.look_up(ordinal, event.ids, *event.seen)
+        for token in event.tokens:
+            self._observe_below(ordinal, token)
+            self.policy.step(ordinal, *token)
+        self._up.hold(ordinal, event.ids)
         leaving = self._up.make_room(ordinal, len(rising)) if rising else []
         if event.missing:
             above = [key for key in rising if key in self._slots]
@@ -482,9 +499,9 @@ class VramCache:
         self._up.arrived(key)
         self.ram.copied(key)
 
-    def _observe_below(self, ordinal: int, ids: Sequence[int], seen: _Seen) -> None:
+    def _observe_below(self, ordinal: int, token: TokenRouting) -> None:
         if not self.ram.lower.all_fit:  # else nobody leaves
-            self.ram.policy.step(ordinal, ids, *seen)
+            self.ram.policy.step(ordinal, *token)
 
     def _share_of_cpu(self, misses: int) -> int:
         """How many of the misses that are in RAM the CPU computes; PCIe's idle time is noted."""
@@ -624,11 +641,12 @@ class MissEvent:
     """A decode event with misses, until it is settled: compute `cpu` on the CPU and `late` on the GPU."""
 
     def __init__(
-        self, cache: VramCache, ordinal: int, ids: Sequence[int], seen: _Seen, missing: Sequence[ExpertId],
-        rising: Sequence[ExpertId], on_cpu: Sequence[ExpertId], waiting: list[ExpertId],
+        self, cache: VramCache, ordinal: int, ids: Sequence[int], tokens: Sequence[TokenRouting],
+        missing: Sequence[ExpertId], rising: Sequence[ExpertId], on_cpu: Sequence[ExpertId],
+        waiting: list[ExpertId],
     ) -> None:  # fmt: skip
         """`waiting`: what has a slot and has not been told to the caller; the cache adds to it."""
-        self.ordinal, self.ids, self.seen, self.missing = ordinal, ids, seen, missing
+        self.ordinal, self.ids, self.tokens, self.missing = ordinal, ids, tokens, missing
         self.rising, self.on_cpu, self.waiting = rising, on_cpu, waiting
         self.is_decided = False
         self._cache = cache

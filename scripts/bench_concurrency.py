@@ -30,7 +30,7 @@ def main() -> None:
     options = parse_arguments()
     with LLM(
         options.model, ram_budget=options.ram_budget, context=options.context, policy=options.policy,
-        max_batch=8, threads=options.threads,
+        max_batch=8, threads=options.threads, device=options.device, vram_budget=options.vram_budget,
     ) as llm:  # fmt: skip
         plan = llm.plan
         print(f"{plan.slots} of {plan.experts} experts have slots, {plan.passing_slots} more for prompts;"
@@ -108,7 +108,7 @@ def show_round(r: Chats) -> None:
     print(f"  {r.at_once} at once: {r.tokens / r.seconds:.2f} tok/s in all"
           f" ({(r.tokens - len(r.answers)) / r.decode_s:.2f} without prompts),"
           f" {r.bytes_read / r.tokens / 1e6:.0f} MB a token; of the time {r.read_s / r.seconds:.0%} reading"
-          f" at {r.bytes_read / r.read_s / 1e6:.0f} MB/s, {r.stall_s / r.seconds:.0%} waiting for it",
+          f" at {r.bytes_read / max(r.read_s, 1e-9) / 1e6:.0f} MB/s, {r.stall_s / r.seconds:.0%} waiting",
           flush=True)  # fmt: skip
 
 
@@ -202,7 +202,7 @@ def resume(prompts: list[list[int]], options: argparse.Namespace) -> dict[str, l
             for kind, cache in (("first", folder), ("again", folder), ("without", None)):
                 with LLM(
                     options.model, ram_budget=options.ram_budget, context=options.context,
-                    policy=options.policy, threads=options.threads, session_cache=cache,
+                    policy=options.policy, threads=options.threads, session_cache=cache, device="cpu",
                 ) as llm:  # fmt: skip
                     clock = Clock()
                     run_all(llm, [clock.submit(llm, prompt, 1)])
@@ -261,11 +261,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--policy", default="learned")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--vram-budget", default="auto")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--prompt-tokens", type=int, default=200, help="longest prompt taken")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--at-once", type=int, nargs="*", default=[2, 8])
-    parser.add_argument("--parts", nargs="*", default=["throughput", "pace", "turns", "resume"])
+    parts = ("throughput", "pace", "turns", "resume")
+    parser.add_argument("--parts", nargs="*", default=parts, choices=parts)
     parser.add_argument("--scratch", type=Path, help="folder for the session cache")
     parser.add_argument("--output", type=Path, help="all figures as JSON")
     return parser.parse_args()

@@ -199,7 +199,7 @@ def test_no_bit_depends_on_whether_experts_are_read_in_place(
 
 def test_tokens_launched_whole_go_on_from_the_layer_that_lacked_an_expert(mixtral: Reference) -> None:
     with Opened(mixtral.folder, 12) as opened:
-        opened.decoder._misses = 0.0  # as if misses had been rare
+        opened.decoder._steps_of(1).missed = 0.0  # as if misses had been rare
         assert torch.equal(logits_of(opened.engine), mixtral.logits)
         assert opened.cache.counters.misses > 0
 

@@ -211,6 +211,35 @@ class Tiers:
         self.engine.finish_computing()
         cache.commit()
 
+    def tokens(self, routes: Sequence[Sequence[Sequence[int]]]) -> None:
+        """A token of each of several sequences, layer by layer: routes [layers][tokens][K]."""
+        cache = self.cache
+        if self.unbooked is not None:
+            cache.hit_events(0, range(len(self.unbooked)), *([*zip(*self.unbooked, strict=True)]))
+            self.unbooked = None
+        cache.promote()
+        for layer, of_tokens in enumerate(routes):
+            self.engine.finish_computing()
+            self._together(layer, of_tokens, sorted({e for routed in of_tokens for e in routed}))
+        self.engine.finish_computing()
+        cache.commit()
+
+    def _together(self, layer: int, routes: Sequence[Sequence[int]], experts: list[int]) -> None:
+        cache = self.cache
+        if cache.all_resident(layer, experts) and not self.after_error:
+            self._compute(layer, [(e, int(self.table[layer, e])) for e in experts])
+            for routed in routes:
+                cache.hit_event(layer, routed, [1.0] * len(routed))
+        elif cache.can_fetch_together(len(experts)):
+            self.after_error = False
+            seen = [(routed, [1.0] * len(routed), None, -1) for routed in routes]
+            event = cache.fetch_together(layer, experts, seen)
+            event.late()
+            self._compute(layer, [(e, int(self.table[layer, e])) for e in experts])
+            event.settle()
+        else:
+            self.prefill(layer, experts)
+
     def prefill(self, layer: int, experts: Sequence[int]) -> list[int]:
         """A chunk whose tokens use one expert each, in this order."""
         self.cache.observe(layer, [[e] for e in experts], [[1.0]] * len(experts))
@@ -303,7 +332,11 @@ def test_experts_computed_in_place_are_the_right_ones_too(
             else:
                 tiers.cache.prefetch([(layer, expert) for expert in few], 2)
                 tiers.drive.arrive()
-                tiers.token([draw.sample(few, draw.randint(1, 3)) for _ in range(LAYERS)])
+                if draw.random() < 0.5:
+                    tiers.token([draw.sample(few, draw.randint(1, 3)) for _ in range(LAYERS)])
+                else:
+                    few = draw.sample(range(EXPERTS), 6)
+                    tiers.tokens([[draw.sample(few, 2) for _ in range(3)] for _ in range(LAYERS)])
         except ReadError:
             assert tiers.drive.broken
             tiers.unbooked = None
@@ -578,6 +611,33 @@ def test_promotions_do_not_depend_on_when_copies_and_reads_end(policy: str, ram:
         tiers.check()
         found.add((*who_is_where(tiers), tiers.cache.counters.promoted))
     assert len(found) == 1 and tiers.cache.counters.promoted > 0
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+def test_what_several_sequences_bring_does_not_depend_on_when_copies_and_reads_end(policy: str) -> None:
+    found = set()
+    for seed in range(4):
+        tiers = make_tiers(7, 9, policy, ram_spare=2, seed=seed, in_place=True)
+        tiers.drive.last_in_first_out = seed % 2 == 1
+        draw = random.Random(1)
+        for _ in range(20):
+            tiers.tokens([[draw.sample(range(EXPERTS), 2) for _ in range(3)] for _ in range(LAYERS)])
+            tiers.check()
+        found.add((*who_is_where(tiers), tiers.cache.counters.promoted))
+    assert len(found) == 1 and tiers.cache.counters.promoted > 0
+
+
+def test_what_several_tokens_need_is_read_once_and_seen_by_the_policy_token_by_token() -> None:
+    tiers = make_tiers(3, 24, in_place=True)
+    steps = []
+    step = tiers.cache.policy.step
+    tiers.cache.policy.step = lambda *seen: (steps.append(seen[:2]), step(*seen))[1]  # type: ignore[method-assign]
+    tiers.tokens([[[0, 1], [1, 2]], [[3]], [[4], [4]]])
+    assert tiers.drive.asked == [(0, 0), (0, 1), (0, 2), (1, 3), (2, 4)]
+    assert steps == [(0, [0, 1]), (0, [1, 2]), (1, [3]), (2, [4]), (2, [4])]
+    c = tiers.cache.counters
+    assert (c.misses, c.in_place, c.hits) == (5, 5, 0)
+    tiers.check()
 
 
 def test_a_free_vram_is_filled_at_once_and_a_full_one_bit_by_bit() -> None:
