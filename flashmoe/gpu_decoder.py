@@ -185,6 +185,7 @@ class GpuDecoder:
     def close(self) -> None:
         """Give the GPU's memory back; of no use afterwards."""
         self._steps.clear()
+        self.model.pages.close()
         del self.arena, self.model, self._decode, self._prefill, self._largest, self._step_experts
 
     @contextmanager

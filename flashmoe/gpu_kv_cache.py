@@ -34,6 +34,11 @@ class GpuPages:
         self._free = list(range(count - 1, -1, -1))
         self.lender: GpuKVCache | None = None  # a sequence that gives its pages up for others
 
+    def close(self) -> None:
+        """Give the GPU's memory back, whoever still holds a sequence."""
+        self._keys.clear()
+        self._values.clear()
+
     @property
     def most_pages(self) -> int:
         """Of one sequence."""

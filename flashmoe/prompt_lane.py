@@ -1,4 +1,7 @@
-"""The prompts that run beside those that decode: one chunk at a time, and how much of a step it may take."""
+"""The prompts that run beside those that decode: one chunk at a time, and how much of their time it may take.
+
+On the CPU a chunk is cut into pieces; on a GPU it is not, and then it is its turn that is rationed.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -72,3 +75,23 @@ class PromptLane:
         background.end()
         self.members, self._left_behind = [], []
         return members, background.result, background.error, free
+
+
+class ChunkPace:
+    """When a whole chunk may run between two steps of those that decode: when they have had their time."""
+
+    def __init__(self) -> None:
+        self._owed_s = 0.0  # of the time that chunks took, what those that decode have not had yet
+
+    @property
+    def is_due(self) -> bool:
+        return self._owed_s <= 0
+
+    def chunk_ran(self, seconds: float, decoding: int, prompts: int) -> None:
+        """Those that decode get so much time now that chunks have their share: what a step may be longer with
+        a prompt beside it, or, where more prompts wait than requests decode, as much as there are more."""
+        share = max(1 - 1 / SLOWDOWN, prompts / (prompts + decoding))
+        self._owed_s = seconds * (1 - share) / share
+
+    def step_ran(self, seconds: float) -> None:
+        self._owed_s -= seconds

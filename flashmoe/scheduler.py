@@ -25,7 +25,7 @@ from flashmoe.engine import check_prompt
 from flashmoe.errors import FlashMoEError, QueueFullError
 from flashmoe.generation import Constraint, GenerationRequest, Piece
 from flashmoe.kv_cache import KVPool, shared_prefix
-from flashmoe.prompt_lane import PromptLane
+from flashmoe.prompt_lane import ChunkPace, PromptLane
 from flashmoe.queue_pace import QueuePace
 from flashmoe.recorder import Recorder
 from flashmoe.sampler import SamplingParams
@@ -82,6 +82,7 @@ class Scheduler:
         self._running: list[Running] = []
         self._lane: PromptLane | None = None
         self._oldest_is_next = False
+        self._pace = ChunkPace()
         self._submitted = 0
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -401,21 +402,31 @@ class Scheduler:
             elif prompts:
                 self._forward(self._next_chunk(prompts))
             return
-        together = decoding + _short(prompts, MOST_STEP_TOKENS - len(decoding))
+        together = decoding + self._short(prompts, MOST_STEP_TOKENS - len(decoding))
         prompts = [r for r in prompts if r not in together]
         if lane is None:
-            if prompts:
-                self._forward(self._next_chunk(prompts))
-            self._timed(together)
+            if prompts and self._pace.is_due:
+                seconds = self._timed(self._next_chunk(prompts))
+                self._pace.chunk_ran(seconds, len(decoding), len(prompts))
+            self._pace.step_ran(self._timed(_pending(together)))
             return
         if prompts and not in_lane:
             lane.begin(next_tokens(prompts, PREFILL_CHUNK))
         if lane.members:
-            lane.run_beside(len(decoding), lambda: self._timed(together))
+            lane.run_beside(len(decoding), lambda: self._timed(_pending(together)))
             if lane.is_done:
                 self._end_lane()
         else:
-            lane.note_step(len(decoding), self._timed(together))
+            lane.note_step(len(decoding), self._timed(_pending(together)))
+
+    def _short(self, prompts: Sequence[Running], room: int) -> list[Running]:
+        """Prompts so short that they run among the tokens that decode, `room` tokens in all."""
+        longest, chosen = SHORT_PROMPT if self.decoder.runs_prompts_together else 1, []
+        for running in prompts:
+            if running.missing <= min(longest, room):
+                room -= running.missing
+                chosen.append(running)
+        return chosen
 
     def _next_chunk(self, prompts: list[Running]) -> list[tuple[Running, list[int]]]:
         """Of several prompts if the decoder can; or else of the oldest and of the shortest in turn."""
@@ -424,10 +435,10 @@ class Scheduler:
             prompts = [prompts[0] if self._oldest_is_next else min(prompts, key=lambda r: r.missing)]
         return next_tokens(prompts, PREFILL_CHUNK)
 
-    def _timed(self, running: list[Running]) -> float:
-        """Run what is pending of each that is still there -> seconds."""
+    def _timed(self, work: list[tuple[Running, list[int]]]) -> float:
+        """`_forward` for those that are still there -> seconds."""
         begin = time.perf_counter()
-        self._forward([(r, r.pending) for r in running if r in self._running])
+        self._forward([(running, tokens) for running, tokens in work if running in self._running])
         return time.perf_counter() - begin
 
     def _forward(self, work: list[tuple[Running, list[int]]]) -> None:
@@ -524,11 +535,5 @@ def _as_exception(error: BaseException) -> Exception:
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def _short(prompts: Sequence[Running], room: int) -> list[Running]:
-    """Prompts so short that they run among the tokens that decode, `room` tokens in all."""
-    chosen = []
-    for running in prompts:
-        if running.missing <= min(SHORT_PROMPT, room):
-            room -= running.missing
-            chosen.append(running)
-    return chosen
+def _pending(members: Sequence[Running]) -> list[tuple[Running, list[int]]]:
+    return [(running, running.pending) for running in members]

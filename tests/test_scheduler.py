@@ -2,17 +2,19 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from flashmoe.background_prefill import BackgroundPrefill
 from flashmoe.batch import next_tokens
-from flashmoe.decoder import Decoder
+from flashmoe.decoder import Decoder, Stretch
 from flashmoe.errors import ContextError, ModelError, QueueFullError
 from flashmoe.generation import GenerationRequest, Piece
 from flashmoe.kv_cache import KVPool
@@ -538,6 +540,56 @@ def test_stopping_without_patience_cancels_what_is_left(one: Path) -> None:
     for request in requests:
         assert request.is_finished
     assert any(request.stats.finish_reason == "cancelled" for request in requests)
+    bench.close()
+
+
+class WholeChunks:
+    """A decoder that runs one prompt at a time, and takes 1 s for a chunk and 1/8 s for a step."""
+
+    observer, runs_prompts_together = None, False
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.now_s, self.passes = decoder, 0.0, list[list[int]]()
+
+    def forward_batch(self, batch: Sequence[Stretch], check: Callable[[], None] | None = None) -> Tensor:
+        self.passes.append([len(stretch.tokens) for stretch in batch])
+        self.now_s += 1.0 if len(batch[0].tokens) > 1 else 0.125
+        return self.decoder.forward_batch(batch, check)
+
+
+def test_a_decoder_of_whole_chunks_runs_them_when_the_others_have_had_their_time(
+    one: Path, alone_one: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(one, slots=None, background=False)
+    whole = bench.scheduler.decoder = WholeChunks(bench.decoder)
+    monkeypatch.setattr("flashmoe.scheduler.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("flashmoe.scheduler.time", SimpleNamespace(perf_counter=lambda: whole.now_s))
+    first, second, long = prompt(1, 5), prompt(2, 5), prompt(3, 48)
+    early = [bench.submit(first, 60), bench.submit(second, 60)]
+    while whole.now_s < 4:  # what they owe each other is paid
+        bench.scheduler.step()
+    whole.passes.clear()
+    late = [bench.submit(long, 3), bench.submit(prompt(4, 10), 3)]
+    bench.run()
+    # Two decode and two prompts wait: half of the time for each. Then one waits: a third.
+    assert whole.passes[:10] == [[16], *[[1, 1]] * 8, [10]]
+    chunks = [i for i, tokens in enumerate(whole.passes) if tokens[0] > 1]
+    assert [whole.passes[i] for i in chunks] == [[16], [10], [16], [16]]
+    assert chunks == [0, 9, 18, 35]
+    for request, tokens, count in zip([*early, *late], (first, second, long), (60, 60, 3), strict=False):
+        assert request.tokens[len(tokens) :] == alone_one.answer(tokens, count)
+    bench.close()
+
+
+def test_what_is_one_token_short_decodes_with_the_others(one: Path) -> None:
+    bench = Bench(one, slots=None, background=False)
+    bench.answer(prompt(1, 40), 1)
+    whole = bench.scheduler.decoder = WholeChunks(bench.decoder)
+    bench.submit(prompt(2, 5), 9)
+    bench.scheduler.step()
+    bench.submit(prompt(1, 40), 2)  # all but its last token is kept
+    bench.run()
+    assert whole.passes[:2] == [[5], [1, 1]]
     bench.close()
 
 
