@@ -134,7 +134,7 @@ class HostCopyEngine:
         pass
 
     def close(self) -> None:
-        pass
+        del self._arena
 
 
 class CudaCopyEngine:
@@ -215,6 +215,7 @@ class CudaCopyEngine:
             stream.synchronize()
             lane.close()
         self._driver.destroy_event(self._computed)
+        del self._arena  # whoever still holds the engine must not hold the GPU's memory
 
     def _stream_waits(self, stream: int, ticket: Ticket) -> None:
         if ticket and not self.is_done(ticket):

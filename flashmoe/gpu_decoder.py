@@ -185,8 +185,10 @@ class GpuDecoder:
     def close(self) -> None:
         """Give the GPU's memory back; of no use afterwards."""
         self._steps.clear()
+        self._unreported = None
         self.model.pages.close()
-        del self.arena, self.model, self._decode, self._prefill, self._largest, self._step_experts
+        del self.arena, self.model, self._decode, self._prefill
+        del self._largest, self._step_experts, self._graphs
 
     @contextmanager
     def _idle_after_errors(self) -> Iterator[None]:

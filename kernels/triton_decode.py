@@ -194,106 +194,185 @@ def _expert(slot, arena, stride, ram, ram_stride, first_in_ram, IN_RAM: tl.const
     return at
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots"])
-def _up_tiles(
-    x, slots, arena, stride, ram, ram_stride, first_in_ram, h, h_scales, D: tl.constexpr, F: tl.constexpr,
-    K: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, RUN: tl.constexpr, ACTIVATION: tl.constexpr,
-    EXACT: tl.constexpr, IN_RAM: tl.constexpr, PDL: tl.constexpr,
+# SHARED is P, or 0. Of the pairs of one expert the first one's programs then compute all, with weights that
+# they have read once: nothing keeps for others what comes over PCIe (64 pairs of 20 experts took 3.1 times
+# as long as 20 pairs of them), while the second-level cache keeps what comes from VRAM.
+
+
+@triton.jit
+def _pairs_of(slots, slot, pair, pairs, SHARED: tl.constexpr):
+    """Which pairs a program computes, bool [P], from its own on; and how many."""
+    p = tl.arange(0, SHARED)
+    mine = (tl.load(slots + p, mask=p < pairs, other=-1) == slot) & (slot >= 0)
+    count = tl.sum(mine.to(tl.int32))
+    return mine, tl.where(_next_pair(mine, -1, SHARED) == pair, count, 0)
+
+
+@triton.jit
+def _next_pair(mine, after, SHARED: tl.constexpr):
+    """The first pair of `mine` behind another one, P if there is none."""
+    p = tl.arange(0, SHARED)
+    return tl.min(tl.where(mine & (p > after), p, SHARED))
+
+
+@triton.jit
+def _up_tiles_of(
+    pair, group, words, scales, base, x, h, h_scales, D: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr,
+    C: tl.constexpr, BITS: tl.constexpr, RUN: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """32 rows of gate and up of one pair a program: a group of its hidden activations, ready for down."""
+    """A group of hidden activations of one pair, ready for down."""
+    y = tiles_product(
+        words, scales, base, 4 * group, 4 * GROUPS, x + pair // K * D, x, x, D, 4, C, BITS, RUN,
+        False, False, EXACT,
+    )  # fmt: skip
+    gate, up = tl.split(tl.permute(tl.reshape(y, (2, 2, 16)), (0, 2, 1)))  # tiles alternate
+    hidden = tl.reshape(_activate(gate, up, ACTIVATION), (1, 32))
+    at = pair * GROUPS + group
+    if EXACT:
+        tl.store(h + at * 32 + tl.arange(0, 32)[None, :], hidden)
+    else:
+        codes, h_scale = quantise(hidden)
+        tl.store(h.to(tl.pointer_type(tl.int32)) + at * 8 + tl.arange(0, 8), pack_bytes(codes, 8))
+        tl.store(h_scales + at + tl.arange(0, 1), h_scale)
+
+
+@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
+def _up_tiles(
+    x, slots, arena, stride, ram, ram_stride, first_in_ram, h, h_scales, pairs, D: tl.constexpr,
+    F: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, RUN: tl.constexpr,
+    ACTIVATION: tl.constexpr, EXACT: tl.constexpr, IN_RAM: tl.constexpr, SHARED: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """32 rows of gate and up of one pair a program."""
     wait_for_inputs(PDL)
     pair, group = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + pair)
-    if slot >= 0:
-        GROUPS: tl.constexpr = (F + 63) // 64 * 2
+    GROUPS: tl.constexpr = (F + 63) // 64 * 2
+    if SHARED:
+        mine, count = _pairs_of(slots, slot, pair, pairs, SHARED)
+        if count > 0:
+            base = _expert(slot, arena, stride, ram, ram_stride, first_in_ram, IN_RAM)
+            words, scales = load_tiles(base, 4 * group, 4 * GROUPS, 0, D, C, BITS, 4, RUN)
+            for _ in tl.range(0, count, disable_licm=True):
+                _up_tiles_of(
+                    pair, group, words, scales, base, x, h, h_scales, D, GROUPS, K, C, BITS, RUN, ACTIVATION,
+                    EXACT,
+                )  # fmt: skip
+                pair = _next_pair(mine, pair, SHARED)
+    elif slot >= 0:
         base = _expert(slot, arena, stride, ram, ram_stride, first_in_ram, IN_RAM)
         words, scales = load_tiles(base, 4 * group, 4 * GROUPS, 0, D, C, BITS, 4, RUN)
-        y = tiles_product(
-            words, scales, base, 4 * group, 4 * GROUPS, x + pair // K * D, x, x, D, 4, C, BITS, RUN,
-            False, False, EXACT,
-        )  # fmt: skip
-        gate, up = tl.split(tl.permute(tl.reshape(y, (2, 2, 16)), (0, 2, 1)))  # tiles alternate
-        hidden = tl.reshape(_activate(gate, up, ACTIVATION), (1, 32))
-        at = pair * GROUPS + group
-        if EXACT:
-            tl.store(h + at * 32 + tl.arange(0, 32)[None, :], hidden)
-        else:
-            codes, h_scale = quantise(hidden)
-            tl.store(h.to(tl.pointer_type(tl.int32)) + at * 8 + tl.arange(0, 8), pack_bytes(codes, 8))
-            tl.store(h_scales + at + tl.arange(0, 1), h_scale)
+        _up_tiles_of(
+            pair, group, words, scales, base, x, h, h_scales, D, GROUPS, K, C, BITS, RUN, ACTIVATION, EXACT
+        )
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots"])
+@triton.jit
+def _down_tiles_of(
+    pair, first, last, words, scales, base, h, h_scales, products, D: tl.constexpr, WIDTH: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Some rows of one pair's product."""
+    of_pair = h + pair * WIDTH if EXACT else h.to(tl.pointer_type(tl.int32)) + pair * (WIDTH // 4)
+    y = tiles_product(
+        words, scales, base, first, last, of_pair, h_scales + pair * (WIDTH // 32), h, WIDTH,
+        R, C, BITS, RUN, False, True, EXACT,
+    )  # fmt: skip
+    row = first * 16 + tl.arange(0, 16 * R)
+    tl.store(products + pair * D + row, tl.reshape(y, (16 * R,)), mask=row < D)
+
+
+@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
 def _down_tiles(
-    h, h_scales, slots, arena, stride, ram, ram_stride, first_in_ram, products, D: tl.constexpr,
+    h, h_scales, slots, arena, stride, ram, ram_stride, first_in_ram, products, pairs, D: tl.constexpr,
     F: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, RUN: tl.constexpr,
-    OFFSET: tl.constexpr, EXACT: tl.constexpr, IN_RAM: tl.constexpr, PDL: tl.constexpr,
+    OFFSET: tl.constexpr, EXACT: tl.constexpr, IN_RAM: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R tiles of down of one pair a program."""
     pair, first = tl.program_id(0), tl.program_id(1) * R
     slot = tl.load(slots + pair)  # older than the kernel before this one
+    is_active = slot >= 0
+    if SHARED:
+        mine, count = _pairs_of(slots, slot, pair, pairs, SHARED)
+        is_active = count > 0
     WIDTH: tl.constexpr = (F + 63) // 64 * 64
     base = _expert(tl.maximum(slot, 0), arena, stride, ram, ram_stride, first_in_ram, IN_RAM)
     base += OFFSET
-    last = tl.where(slot >= 0, (D + 15) // 16, 0)
+    last = tl.where(is_active, (D + 15) // 16, 0)
     words, scales = load_tiles(base, first, last, 0, WIDTH, C, BITS, R, RUN)
     wait_for_inputs(PDL)
-    if slot >= 0:
-        of_pair = h + pair * WIDTH if EXACT else h.to(tl.pointer_type(tl.int32)) + pair * (WIDTH // 4)
-        y = tiles_product(
-            words, scales, base, first, last, of_pair, h_scales + pair * (WIDTH // 32), h, WIDTH,
-            R, C, BITS, RUN, False, True, EXACT,
-        )  # fmt: skip
-        row = first * 16 + tl.arange(0, 16 * R)
-        tl.store(products + pair * D + row, tl.reshape(y, (16 * R,)), mask=row < D)
+    if SHARED:
+        for _ in tl.range(0, count, disable_licm=True):
+            _down_tiles_of(
+                pair, first, last, words, scales, base, h, h_scales, products, D, WIDTH, C, R, BITS, RUN,
+                EXACT,
+            )  # fmt: skip
+            pair = _next_pair(mine, pair, SHARED)
+    elif slot >= 0:
+        _down_tiles_of(
+            pair, first, last, words, scales, base, h, h_scales, products, D, WIDTH, C, R, BITS, RUN, EXACT
+        )
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots"])
+@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
 def _up_rows(
-    x, slots, arena, stride, ram, ram_stride, first_in_ram, h, GATE_SCALES: tl.constexpr, UP: tl.constexpr,
-    UP_SCALES: tl.constexpr, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-    R: tl.constexpr, FORMAT: tl.constexpr, ACTIVATION: tl.constexpr, IN_RAM: tl.constexpr, PDL: tl.constexpr,
+    x, slots, arena, stride, ram, ram_stride, first_in_ram, h, pairs, GATE_SCALES: tl.constexpr,
+    UP: tl.constexpr, UP_SCALES: tl.constexpr, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr, ACTIVATION: tl.constexpr, IN_RAM: tl.constexpr,
+    SHARED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R rows of gate and of up of one pair a program."""
     wait_for_inputs(PDL)
     pair, first = tl.program_id(0), tl.program_id(1) * R
     slot = tl.load(slots + pair)
-    if slot >= 0:
+    count = (slot >= 0).to(tl.int32)
+    if SHARED:
+        mine, count = _pairs_of(slots, slot, pair, pairs, SHARED)
+    if count > 0:
         base = _expert(slot, arena, stride, ram, ram_stride, first_in_ram, IN_RAM)
-        x += pair // K * D
         g, g_scales = load_block(base, base + GATE_SCALES, first, F, 0, D, C, R, FORMAT)
         u, u_scales = load_block(base + UP, base + UP_SCALES, first, F, 0, D, C, R, FORMAT)
-        gate = rows_product(
-            g, g_scales, base, base + GATE_SCALES, first, F, x, x, D, R, C, FORMAT, False
-        )
-        up = rows_product(
-            u, u_scales, base + UP, base + UP_SCALES, first, F, x, x, D, R, C, FORMAT, False
-        )
         row = first + tl.arange(0, R)
-        tl.store(h + pair * F + row, _activate(gate, up, ACTIVATION), mask=row < F)
+        for _ in tl.range(0, count if SHARED else 1, disable_licm=True):
+            of_token = x + pair // K * D
+            gate = rows_product(
+                g, g_scales, base, base + GATE_SCALES, first, F, of_token, x, D, R, C, FORMAT, False
+            )
+            up = rows_product(
+                u, u_scales, base + UP, base + UP_SCALES, first, F, of_token, x, D, R, C, FORMAT, False
+            )
+            tl.store(h + pair * F + row, _activate(gate, up, ACTIVATION), mask=row < F)
+            if SHARED:
+                pair = _next_pair(mine, pair, SHARED)
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots"])
+@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
 def _down_rows(
-    h, slots, arena, stride, ram, ram_stride, first_in_ram, products, DOWN: tl.constexpr,
+    h, slots, arena, stride, ram, ram_stride, first_in_ram, products, pairs, DOWN: tl.constexpr,
     DOWN_SCALES: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
-    FORMAT: tl.constexpr, IN_RAM: tl.constexpr, PDL: tl.constexpr,
+    FORMAT: tl.constexpr, IN_RAM: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R rows of down of one pair a program."""
     pair, first = tl.program_id(0), tl.program_id(1) * R
     slot = tl.load(slots + pair)  # older than the kernel before this one
+    count = (slot >= 0).to(tl.int32)
+    if SHARED:
+        mine, count = _pairs_of(slots, slot, pair, pairs, SHARED)
     base = _expert(tl.maximum(slot, 0), arena, stride, ram, ram_stride, first_in_ram, IN_RAM)
     base += DOWN
     scale_base = base + (DOWN_SCALES - DOWN)
-    last = tl.where(slot >= 0, D, 0)
+    last = tl.where(count > 0, D, 0)
     weights, scales = load_block(base, scale_base, first, last, 0, F, C, R, FORMAT)
     wait_for_inputs(PDL)
-    if slot >= 0:
-        y = rows_product(
-            weights, scales, base, scale_base, first, last, h + pair * F, h, F, R, C, FORMAT, False
-        )
+    if count > 0:
         row = first + tl.arange(0, R)
-        tl.store(products + pair * D + row, y, mask=row < D)
+        for _ in tl.range(0, count if SHARED else 1, disable_licm=True):
+            y = rows_product(
+                weights, scales, base, scale_base, first, last, h + pair * F, h, F, R, C, FORMAT, False
+            )
+            tl.store(products + pair * D + row, y, mask=row < D)
+            if SHARED:
+                pair = _next_pair(mine, pair, SHARED)
 
 
 @triton.jit(do_not_specialize_on_alignment=["weights"])
@@ -358,36 +437,33 @@ class ExpertDecode:
     def up(self, h: Tensor, slots: Tensor, arena: Tensor, ram: Tensor | None = None) -> None:
         """The first half of `run`: hidden activations into the workspace."""
         rows, warps, columns, run = self.up_shape
-        where = _slots(arena, ram)
+        where, pairs = _slots(arena, ram), slots.numel()
+        options = {**self._constants(pairs, ram), "K": self.top_k, "C": columns, "num_warps": warps}
         if self.format in expert_slots.BITS:
-            _up_tiles[(slots.numel(), triton.cdiv(self.width, 64) * 2)](
-                h, slots, *where, self._codes, self._scales, K=self.top_k, C=columns, RUN=run,
-                ACTIVATION=self.activation, num_warps=warps, IN_RAM=ram is not None,
-                **self._constants,
+            _up_tiles[(pairs, triton.cdiv(self.width, 64) * 2)](
+                h, slots, *where, self._codes, self._scales, pairs, RUN=run, ACTIVATION=self.activation,
+                **options,
             )  # fmt: skip
         else:
-            _up_rows[(slots.numel(), triton.cdiv(self.width, rows))](
-                h, slots, *where, self._codes, GATE_SCALES=self._at.gate_scales,
-                UP=self._at.up, UP_SCALES=self._at.up_scales, K=self.top_k, C=columns, R=rows,
-                ACTIVATION=self.activation, num_warps=warps, IN_RAM=ram is not None,
-                **self._constants,
+            _up_rows[(pairs, triton.cdiv(self.width, rows))](
+                h, slots, *where, self._codes, pairs, GATE_SCALES=self._at.gate_scales,
+                UP=self._at.up, UP_SCALES=self._at.up_scales, R=rows, ACTIVATION=self.activation, **options,
             )  # fmt: skip
 
     def down(self, slots: Tensor, arena: Tensor, ram: Tensor | None = None) -> None:
         """The second: products."""
         rows, warps, columns, run = self.down_shape
-        where = _slots(arena, ram)
+        where, pairs = _slots(arena, ram), slots.numel()
+        options = {**self._constants(pairs, ram), "C": columns, "R": rows, "num_warps": warps}
         if self.format in expert_slots.BITS:
-            _down_tiles[(slots.numel(), triton.cdiv(self.hidden, 16 * rows))](
-                self._codes, self._scales, slots, *where, self.products, C=columns, R=rows, RUN=run,
-                OFFSET=self._at.down, num_warps=warps, IN_RAM=ram is not None,
-                **self._constants,
+            _down_tiles[(pairs, triton.cdiv(self.hidden, 16 * rows))](
+                self._codes, self._scales, slots, *where, self.products, pairs, RUN=run, OFFSET=self._at.down,
+                **options,
             )  # fmt: skip
         else:
-            _down_rows[(slots.numel(), triton.cdiv(self.hidden, rows))](
-                self._codes, slots, *where, self.products, DOWN=self._at.down,
-                DOWN_SCALES=self._at.down_scales, C=columns, R=rows, num_warps=warps, IN_RAM=ram is not None,
-                **self._constants,
+            _down_rows[(pairs, triton.cdiv(self.hidden, rows))](
+                self._codes, slots, *where, self.products, pairs, DOWN=self._at.down,
+                DOWN_SCALES=self._at.down_scales, **options,
             )  # fmt: skip
 
     def combine(self, weights: Tensor, x: Tensor) -> None:
@@ -397,12 +473,14 @@ class ExpertDecode:
             self.products, weights, x, D=self.hidden, K=self.top_k, BLOCK=block, num_warps=2, **self.options
         )
 
-    @property
-    def _constants(self) -> dict[str, Any]:
-        shared = {"D": self.hidden, "F": self.width, **self.options}
+    def _constants(self, pairs: int, ram: Tensor | None) -> dict[str, Any]:
+        shared = 0 if ram is None or pairs == self.top_k else triton.next_power_of_2(len(self.products))
+        constants = {"D": self.hidden, "F": self.width, "IN_RAM": ram is not None, "SHARED": shared}
         if self.format in expert_slots.BITS:
-            return {**shared, "BITS": expert_slots.BITS[self.format], "EXACT": self.exact}
-        return {**shared, "FORMAT": self.format}
+            constants |= {"BITS": expert_slots.BITS[self.format], "EXACT": self.exact}
+        else:
+            constants |= {"FORMAT": self.format}
+        return {**constants, **self.options}
 
 
 def _slots(arena: Tensor, ram: Tensor | None) -> tuple[Tensor, int, Tensor, int, int]:

@@ -5,6 +5,8 @@ VRAM is ordinary memory in the interpreter; graphs are captured on a GPU only. W
 tiers, the steps of a token, the kernels' arithmetic.
 """
 
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -314,3 +316,24 @@ def test_nor_does_it_where_experts_are_read_in_place(
         assert torch.equal(first, packed_bf16.logits) and torch.equal(again, first)
         opened.decoder.settle()
         assert opened.cache.counters.in_place > 0
+
+
+def test_a_closed_decoder_holds_nothing_of_the_gpus_whoever_holds_it(packed_bf16: Reference) -> None:
+    """A program that opens another model has the first one's objects for some time."""
+    opened = Opened(packed_bf16.folder, 10, 0, conversations=2)
+    decoder, sequence = opened.decoder, opened.decoder.new_sequence()
+    sequence.claim(CONTEXT)
+    opened.engine.prefill(TOKENS[:PROMPT])
+    opened.engine.decode_one_token(TOKENS[PROMPT])
+    step = decoder._steps_of(1).on_gpu
+    tensors = [
+        decoder.arena, *decoder.model.pages.tensors(0), step.x, step.table, decoder.model.lm_head.data,
+        decoder._decode.products, decoder._prefill.products,
+    ]  # fmt: skip
+    held = [weakref.ref(tensor) for tensor in tensors]
+    del tensors, step
+    opened.cache.close()
+    decoder.close()
+    gc.collect()
+    assert [ref() is None for ref in held] == [True] * len(held)
+    assert sequence.length == 0 and opened.cache.counters.hits > 0  # which are still there

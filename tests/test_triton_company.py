@@ -111,10 +111,11 @@ def test_embeddings(format: str, sizes: tuple[int, int]) -> None:
     same_alone(results, [[5, 1, 6]])
 
 
+@pytest.mark.parametrize("in_ram", [False, True])  # some of them, and pairs of one expert share what is read
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("sizes", tiny_or((2048, 768, 8), (4096, 1536, 2), tiny=(32, 32, 1)))
+@pytest.mark.parametrize("sizes", tiny_or((2048, 768, 8), (4096, 1536, 2), tiny=(32, 32, 2)))
 @pytest.mark.parametrize("format", expert_slots.FORMATS)
-def test_experts(format: str, sizes: tuple[int, int, int], exact: bool) -> None:
+def test_experts(format: str, sizes: tuple[int, int, int], exact: bool, in_ram: bool) -> None:
     if exact and format not in expert_slots.BITS:
         pytest.skip("always exact")
     hidden, width, top_k = sizes
@@ -125,7 +126,10 @@ def test_experts(format: str, sizes: tuple[int, int, int], exact: bool) -> None:
         down = random(10 * e + 2, hidden, width, scale=width**-0.5).cpu()
         blob = expert_slots.pack_expert(format, gate, up, down)
         slot[: len(blob)] = blob
-    arena = arena.to(DEVICE)
+    arena, ram = arena.to(DEVICE), None
+    if in_ram:
+        ram = arena[2:].cpu().pin_memory() if DEVICE == "cuda" else arena[2:]
+        arena = arena[:2]
     decode = ExpertDecode(hidden, width, format, "silu", top_k, MOST, DEVICE, exact)
     x, before = random(5, MOST, hidden), random(6, MOST, hidden)
     order = [torch.randperm(experts, generator=torch.Generator().manual_seed(t))[:top_k] for t in range(MOST)]
@@ -134,7 +138,7 @@ def test_experts(format: str, sizes: tuple[int, int, int], exact: bool) -> None:
     def results(tokens: list[int]) -> list[Tensor]:
         decode.products.fill_(math.nan)
         y = before[tokens]
-        decode.run(x[tokens], slots[tokens].flatten(), arena)
+        decode.run(x[tokens], slots[tokens].flatten(), arena, ram)
         decode.combine(weights[tokens], y)
         return [y, decode.products.view(MOST, top_k, hidden)[: len(tokens)].clone()]
 
