@@ -98,6 +98,7 @@ class GpuDecoder:
         """Go on with another cache, over the same arena and table."""
         self.experts, self.prefetcher, self.ram_arena = cache, prefetcher, ram_arena
         self._unreported = None
+        self._close_steps()
         self._open_steps()  # graphs hold the address of the RAM slots before
 
     def _open_steps(self) -> None:
@@ -106,6 +107,11 @@ class GpuDecoder:
         )
         self._largest = Steps(self.model, self._step_experts, self._graphs, self._most_rows)
         self._steps = {self._most_rows: self._largest}
+
+    def _close_steps(self) -> None:
+        for steps in self._steps.values():
+            steps.close()
+        self._steps.clear()
 
     def _steps_of(self, rows: int) -> Steps:
         if rows not in self._steps:
@@ -184,7 +190,7 @@ class GpuDecoder:
 
     def close(self) -> None:
         """Give the GPU's memory back; of no use afterwards."""
-        self._steps.clear()
+        self._close_steps()
         self._unreported = None
         self.model.pages.close()
         del self.arena, self.model, self._decode, self._prefill
