@@ -198,10 +198,15 @@ class CudaCopyEngine:
         self._stream_waits(self._out.stream, ticket)
 
     def pin(self, address: int, nbytes: int) -> None:
-        host.populate(address, nbytes)  # the driver would do it alone: 15 GiB took it 3 to 4.6 s
-        code = self._driver.register(address, nbytes, PORTABLE)
+        reason = None
+        try:
+            host.populate(address, nbytes)  # the driver would do it alone: 15 GiB took it 3 to 4.6 s
+        except OSError as error:
+            reason = error.strerror
+        code = self._driver.register(address, nbytes, PORTABLE) if reason is None else 0
         if code:
             reason = self._driver.error_text(code)
+        if reason is not None:
             raise GpuError(
                 f"{format_bytes(nbytes)} of expert slots in RAM cannot be pinned for the GPU ({reason});"
                 " raise the limit of locked memory (ulimit -l) or try a smaller --ram-budget"

@@ -293,6 +293,21 @@ def test_what_still_comes_for_a_deleted_conversation_does_not_bring_it_back(page
     expect(page.get_by_role("button", name="hello", exact=True)).to_have_count(0)
 
 
+def test_nothing_can_be_sent_before_the_page_listens(served: tuple[FakeModel, str], browser: Browser) -> None:
+    """Enter pressed too early was a line break, and Send left the page."""
+    context = browser.new_context()
+    page = context.new_page()
+    held: list[Any] = []
+    page.route("**/assets/app.js", lambda route: held.append(route))
+    page.goto(served[1], wait_until="commit")
+    expect(page.get_by_label("Message", exact=True)).to_be_disabled()
+    expect(page.get_by_role("button", name="Send")).to_be_disabled()
+    page.wait_for_function("document.readyState !== 'loading'")
+    held[0].continue_()
+    finished(ask(page, "hello"))
+    context.close()
+
+
 def test_two_tabs_show_and_keep_the_same_conversation(page: Page, fake: FakeModel) -> None:
     """Each once overwrote what the other had added."""
     finished(ask(page, "first"))

@@ -49,6 +49,7 @@ document.addEventListener("keydown", (event) => {
   if (!panels.close()) answers.stop(current);
 });
 
+for (const waiting of document.querySelectorAll("main :disabled")) waiting.disabled = false; // until here nobody listened
 open(current);
 
 // Sending and answers
