@@ -114,17 +114,10 @@ def serve(arguments: argparse.Namespace, screen: Screen) -> int:
     extra = {"max_batch": arguments.max_batch, **(caching if arguments.session_cache else {})}
 
     def load() -> "LLM":
-        llm = _load_llm(arguments, screen, arguments.policy, arguments.prefetch, **extra)
-        _tell_unused_batch(llm, arguments.max_batch, screen)
-        return llm
+        return _load_llm(arguments, screen, arguments.policy, arguments.prefetch, **extra)
 
     ended_by = serve(load, options, screen.say, screen.say if arguments.verbose else None)
     return EXIT_INTERRUPTED if ended_by == signal.SIGINT else 0
-
-
-def _tell_unused_batch(llm: "LLM", max_batch: int, screen: Screen) -> None:
-    if llm.scheduler.most_running < max_batch:
-        screen.say(f"a GPU computes one answer at a time, others wait: --max-batch {max_batch} has no effect")
 
 
 def plan(arguments: argparse.Namespace, screen: Screen) -> int:

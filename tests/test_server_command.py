@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from flashmoe import LLM, cli
+from flashmoe import cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,23 +89,6 @@ def test_verbose_tells_a_line_about_each_request_and_nothing_that_was_said(tiny_
     told = [re.sub(r"[\d.]+ s$", "TIME", line) for line in lines]
     answered = "POST /v1/chat/completions 200, 5 tokens, TIME"
     assert told == [answered, answered, "GET /no%0Awhere 404, 0 tokens, TIME"]
-
-
-def test_a_batch_that_cannot_be_is_told_at_start(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    def load_for_one(*_: Any, max_batch: int) -> LLM:
-        return LLM(tiny_model, ram_budget="8G", max_batch=1)  # as a GPU makes it
-
-    def only_load(load: Callable[[], LLM], *_: Any) -> None:
-        load().close()
-
-    monkeypatch.setattr(cli, "_load_llm", load_for_one)
-    monkeypatch.setattr("flashmoe.server.serve.serve", only_load)
-    line = "a GPU computes one answer at a time, others wait: --max-batch 4 has no effect\n"
-    for size, told in ((4, line), (1, "")):
-        assert cli.main(["serve", "--model", str(tiny_model), "--max-batch", str(size)]) == 0
-        assert capsys.readouterr().err == told
 
 
 def test_a_model_that_does_not_load_ends_the_server_with_one_line(
