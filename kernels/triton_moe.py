@@ -1,4 +1,4 @@
-"""The routed experts of a layer on a GPU for many tokens at once: prefill. Decoding (up to 4 tokens) is
+"""The routed experts of a layer on a GPU for many tokens at once: prefill. Decoding (up to 8 tokens) is
 triton_decode.py.
 
 `ExpertPrefill.run` computes every (token, k) whose expert is in a slot, `combine` sums each token's in top-k
