@@ -47,7 +47,8 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._source, self._vocab_size = tokenizer, vocab_size
-        self._lock, self._turn = threading.Lock(), threading.Lock()
+        self._lock, self._turn = threading.Lock(), threading.Condition()
+        self._compiling = self._overran = False  # of who has the turn
         self._tokenizer: llguidance.LLTokenizer | None = None
 
     def any_object(self) -> "GrammarConstraint":
@@ -66,8 +67,7 @@ class Grammars:
     def _constraint(self, grammar: str, what: str) -> "GrammarConstraint":
         """One is compiled at a time, in a thread that is left to itself if it takes too long: nothing can
         stop it. Others are refused until it ends."""
-        if not self._turn.acquire(timeout=LONGEST_COMPILE_S):
-            raise QueueFullError("another schema is still being compiled; try again later", LONGEST_COMPILE_S)
+        self._take_turn()
         made: list[GrammarConstraint | GrammarError] = []
 
         def compile() -> None:
@@ -78,16 +78,40 @@ class Grammars:
             except BaseException as error:  # a panic of the library
                 made.append(GrammarError(f"the {what} cannot be used: {_first_line(str(error))}"))
             finally:
-                self._turn.release()
+                self._end_turn()
 
         thread = threading.Thread(target=compile, name="grammar", daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more threads
+            self._end_turn()
+            raise
         thread.join(LONGEST_COMPILE_S)
+        with self._turn:
+            if not made:  # so its turn has not ended
+                self._overran = True
+                self._turn.notify_all()
         if not made:
             raise GrammarError(f"the {what} takes more than {LONGEST_COMPILE_S:g} s to compile; simplify it")
         if isinstance(made[0], GrammarError):
             raise made[0]
         return made[0]
+
+    def _take_turn(self) -> None:
+        """Wait while another is compiled, but not for one that may never end: who waits holds one of the few
+        threads that prepare requests, and those without a schema wait behind it."""
+        with self._turn:
+            self._turn.wait_for(lambda: not self._compiling or self._overran, LONGEST_COMPILE_S)
+            if self._compiling:
+                raise QueueFullError(
+                    "another schema is still being compiled; try again later", LONGEST_COMPILE_S
+                )
+            self._compiling = True
+
+    def _end_turn(self) -> None:
+        with self._turn:
+            self._compiling = self._overran = False
+            self._turn.notify()
 
     def _compile(self, grammar: str, what: str) -> "GrammarConstraint":
         matcher = llguidance.LLMatcher(self._ready(), grammar, log_level=0, limits=_limits())

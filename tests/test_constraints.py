@@ -159,26 +159,81 @@ def test_what_is_only_large_is_not(grammars: Grammars, schema: Any):
     grammars.schema(schema)
 
 
-def test_what_takes_too_long_to_compile_is_left_to_itself(
+class Slow(Grammars):
+    """Compiles for as long as the test wants."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer, VOCAB)
+        self.may_end = threading.Event()
+        self.threads: list[threading.Thread] = []
+
+    def _compile(self, grammar: str, what: str) -> GrammarConstraint:
+        self.threads.append(threading.current_thread())
+        assert self.may_end.wait(20)
+        return super()._compile(grammar, what)
+
+
+def test_what_takes_too_long_to_compile_is_left_to_itself_and_others_are_refused_at_once(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
-    """It can be neither stopped nor waited for; when it has ended, others have their turn."""
-    grammars, may_end = Grammars(tokenizer, VOCAB), threading.Event()
-    compile = grammars._compile
-
-    def slowly(grammar: str, what: str) -> GrammarConstraint:
-        assert may_end.wait(60)
-        return compile(grammar, what)
-
-    monkeypatch.setattr(grammars, "_compile", slowly)
+    """It can be neither stopped nor waited for; when it has ended, others have their turn. Whoever came
+    meanwhile waited as long again, in one of the two threads that prepare requests: so did plain chats."""
+    grammars = Slow(tokenizer)
     monkeypatch.setattr(constraints, "LONGEST_COMPILE_S", 0.01)
     with pytest.raises(GrammarError, match="takes more than 0.01 s to compile; simplify it"):
         grammars.any_object()
-    with pytest.raises(QueueFullError, match="still being compiled") as refused:
+    monkeypatch.setattr(constraints, "LONGEST_COMPILE_S", 1e6)  # would wait for ever
+    for _ in range(2):
+        with pytest.raises(QueueFullError, match="still being compiled") as refused:
+            grammars.any_object()
+    assert refused.value.retry_after_s > 0 and len(grammars.threads) == 1
+    grammars.may_end.set()
+    grammars.threads[0].join()
+    assert grammars.any_object().allowed() is not None
+
+
+def test_who_waits_for_one_that_takes_too_long_is_refused_as_it_is_found_out(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    grammars, refused = Slow(tokenizer), []
+
+    def wait() -> None:
+        with pytest.raises(QueueFullError) as error:
+            grammars.any_object()
+        refused.append(error.value)
+
+    waiting = threading.Thread(target=wait)
+    begun, wait_for = threading.Event(), grammars._turn.wait_for
+
+    def waited_for(*arguments: Any) -> bool:
+        begun.set()
+        return wait_for(arguments[0], 1e6)  # would wait for ever
+
+    def join(thread: threading.Thread, timeout: float | None = None) -> None:
+        """The limit is over when another waits."""
+        monkeypatch.undo()
+        monkeypatch.setattr(grammars._turn, "wait_for", waited_for)
+        waiting.start()
+        assert begun.wait(60)
+
+    monkeypatch.setattr(threading.Thread, "join", join)
+    with pytest.raises(GrammarError, match="takes more than"):
         grammars.any_object()
-    assert refused.value.retry_after_s > 0
-    monkeypatch.setattr(constraints, "LONGEST_COMPILE_S", 60)
-    may_end.set()
+    waiting.join()
+    assert len(refused) == 1
+    grammars.may_end.set()
+
+
+def test_one_for_which_there_is_no_thread_leaves_the_turn_to_others(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+):
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            grammars.any_object()
     assert grammars.any_object().allowed() is not None
 
 
