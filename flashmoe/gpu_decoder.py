@@ -27,9 +27,9 @@ from torch import Tensor
 from cache_policies.replay import serving_order
 from flashmoe.budget import PREFILL_CHUNK
 from flashmoe.decoder import RoutingObserver, Stretch
-from flashmoe.errors import GpuError
+from flashmoe.errors import FlashMoEError
 from flashmoe.gpu_attention import bucket_for
-from flashmoe.gpu_graphs import GraphPool, gpu_seconds
+from flashmoe.gpu_graphs import GraphPool, gpu_seconds, out_of_memory_named
 from flashmoe.gpu_kv_cache import GpuKVCache
 from flashmoe.gpu_model import (
     GpuModel,
@@ -83,7 +83,7 @@ class GpuDecoder:
         self.observer: RoutingObserver | None = None
         self.prefetcher = prefetcher
         self.kv_cache = model.pages.lender = GpuKVCache(model.pages)
-        self.make_room: Callable[[], None] | None = None  # for it: has others give pages up
+        self.make_room: Callable[[], bool] | None = None  # for it: whether another has given pages up
         self._decode, self._prefill, self.arena, self.table = decode, prefill, arena, table
         self._host_experts, self.ram_arena, self._most_rows = host_experts, ram_arena, most_rows
         self._graphs = GraphPool(model.device)
@@ -99,6 +99,8 @@ class GpuDecoder:
         self.experts, self.prefetcher, self.ram_arena = cache, prefetcher, ram_arena
         self._unreported = None
         self._close_steps()
+        del self._largest
+        self._graphs = GraphPool(self.model.device)  # without graphs the one before is of no use to torch
         self._open_steps()  # graphs hold the address of the RAM slots before
 
     def _open_steps(self) -> None:
@@ -126,7 +128,8 @@ class GpuDecoder:
         """Memory for its own sequence."""
         lacking = -(-length // BLOCK) - len(self.kv_cache.pages)
         while lacking > self.model.pages.free and self.make_room is not None:
-            self.make_room()
+            if not self.make_room():
+                raise FlashMoEError("generations that run have the GPU's KV cache; let them finish first")
         self.kv_cache.claim(length)
 
     @torch.inference_mode()
@@ -170,7 +173,9 @@ class GpuDecoder:
         """What a chunk and a step have around them."""
         token_ids = [token for stretch in batch for token in stretch.tokens]
         for kv_cache, tokens in batch:
-            assert kv_cache.length + len(tokens) <= kv_cache.context, "more tokens than the context holds"
+            length = kv_cache.length + len(tokens)
+            assert length <= kv_cache.context, "more tokens than the context holds"
+            assert length <= BLOCK * len(kv_cache.pages), "keys and values would be another sequence's"
         if check is not None:
             check()
         watchers = [w for w in (self.observer, self.prefetcher) if w is not None]
@@ -213,7 +218,8 @@ class GpuDecoder:
         """
         position = min(self.kv_cache.length, self.kv_cache.context - 1)
         self._claim(position + 1)
-        bucket, steps, table = bucket_for(position + 1, self.kv_cache.context), self._steps_of(1), self.table
+        steps, table = self._steps_of(1), self.table
+        bucket = max(steps.bucket, bucket_for(position + 1, self.kv_cache.context))
         steps.begin([Stretch(_At(position, self.kv_cache.pages), [0])])
         steps.prepare(bucket, True, False, False, False)
         place = self.kv_cache.rows(position + 1)[-1]
@@ -258,7 +264,8 @@ class GpuDecoder:
         steps = self._steps_of(len(batch))
         with self._pass(batch, check):
             longest = max(kv_cache.length for kv_cache, _ in batch) + 1
-            self._run_step(steps, bucket_for(longest, self.kv_cache.context), batch)
+            bucket = max(steps.bucket, bucket_for(longest, self.kv_cache.context))
+            self._run_step(steps, bucket, batch)
         return steps.logits
 
     def _needs_layers(self, steps: Steps) -> bool:
@@ -505,18 +512,6 @@ class GpuDecoder:
         for group in self.experts.stream(index, serving_order(on_host.numpy())):
             table = self._table_of(group).to(h.device, non_blocking=True)
             self._prefill.run(h, ids, table, self.arena, weights)
-
-
-@contextmanager
-def out_of_memory_named() -> Iterator[None]:
-    """Turn a GPU that has no memory left, in mid-run, into a GpuError that says what to do."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise GpuError(
-            "the GPU has no memory left within --vram-budget; leave it to this process, or try a smaller"
-            " --context or another --vram-budget"
-        ) from error
 
 
 class _StepRouting(NamedTuple):

@@ -3,9 +3,12 @@
 Where there is no GPU (Triton's interpreter, in tests) the piece runs anew each time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+
+from flashmoe.errors import GpuError
 
 
 class Graph:
@@ -60,3 +63,15 @@ def gpu_seconds(work: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1e3
+
+
+@contextmanager
+def out_of_memory_named() -> Iterator[None]:
+    """Turn a GPU that has no memory left, in mid-run, into a GpuError that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise GpuError(
+            "the GPU has no memory left within --vram-budget; leave it to this process, or try a smaller"
+            " --context or another --vram-budget"
+        ) from error

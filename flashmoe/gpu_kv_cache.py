@@ -6,11 +6,13 @@ size.
 """
 
 from typing import Final
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from flashmoe.config import ModelConfig
+from flashmoe.gpu_graphs import out_of_memory_named
 from flashmoe.kv_cache import BLOCK
 from flashmoe.vram_budget import page_count
 
@@ -31,7 +33,8 @@ class GpuPages:
         layers = range(config.num_hidden_layers)
         self._keys = [torch.zeros(shape, dtype=KV_DTYPE, device=device) for _ in layers]
         self._values = [torch.zeros(shape, dtype=KV_DTYPE, device=device) for _ in layers]
-        self._free = list(range(count - 1, -1, -1))
+        self._all, self._free = range(count), list(range(count - 1, -1, -1))
+        self._sequences: WeakSet[GpuKVCache] = WeakSet()
         self.lender: GpuKVCache | None = None  # a sequence that gives its pages up for others
 
     def close(self) -> None:
@@ -48,9 +51,16 @@ class GpuPages:
         """Keys and values, [P, BLOCK, G, d] each."""
         return self._keys[layer], self._values[layer]
 
-    def take(self) -> int:
+    def open(self, sequence: "GpuKVCache") -> None:
+        """Know of another sequence."""
+        self._sequences.add(sequence)
+
+    def take(self, taker: "GpuKVCache") -> int:
         """A page that nobody uses."""
-        if not self._free and self.lender is not None:
+        if not self._free:  # or a Ctrl-C has come between a page's leaving one list and its coming to another
+            used = {page for sequence in self._sequences for page in sequence.pages}
+            self._free = [page for page in reversed(self._all) if page not in used]
+        if not self._free and self.lender is not None and self.lender is not taker:
             self.lender.truncate(0)
             self.lender.give_back(0)
         assert self._free, "more tokens than were planned"
@@ -67,9 +77,10 @@ class GpuPages:
 
     def copy(self, source: list[int], target: list[int]) -> None:
         """Pages of all layers."""
-        begin, end = (torch.tensor(pages, device=self.device) for pages in (source, target))
-        for tensor in (*self._keys, *self._values):
-            tensor[end] = tensor[begin]
+        with out_of_memory_named():
+            begin, end = (torch.tensor(pages, device=self.device) for pages in (source, target))
+            for tensor in (*self._keys, *self._values):
+                tensor[end] = tensor[begin]
 
 
 class GpuKVCache:
@@ -80,6 +91,7 @@ class GpuKVCache:
         self.tokens: list[int] = []
         self.pages: list[int] = []
         self._memory = memory
+        memory.open(self)
 
     @property
     def length(self) -> int:
@@ -88,13 +100,14 @@ class GpuKVCache:
     def claim(self, length: int) -> None:
         """Have memory for so many tokens."""
         while len(self.pages) * BLOCK < length:
-            self.pages.append(self._memory.take())
+            self.pages.append(self._memory.take(self))
 
     def give_back(self, begin: int) -> None:
         """Return the pages behind the first `begin` tokens."""
         kept = -(-begin // BLOCK)
-        self._memory.give_back(self.pages[kept:])
-        del self.pages[kept:]
+        pages = self.pages[kept:]
+        del self.pages[kept:]  # first: a page that a Ctrl-C loses is found again, one with two owners is not
+        self._memory.give_back(pages)
 
     def append(self, tokens: list[int]) -> None:
         """Make more tokens valid, once every layer has them."""

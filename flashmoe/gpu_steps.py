@@ -42,6 +42,7 @@ class Steps:
         self._segments, self._graph_pool = model.segments(), graphs
         self.missed = 1.0  # the share of recent steps that lacked an expert
         self._graphs: dict[tuple[str, int, int], Graph] = {}
+        self.bucket = 0  # keys that the graphs are captured for
         self._memory: dict[str, Tensor] = {} if like is None else like._memory
         gpu, pinned = self.on_gpu, self._pinned
         self._tokens, self._positions = pinned(gpu.tokens, "tokens"), pinned(gpu.positions, "positions")
@@ -93,7 +94,9 @@ class Steps:
     # The graphs
 
     def prepare(self, bucket: int, at_once: bool, layer_by_layer: bool, rest: bool, guessing: bool) -> None:
-        """Capture what a step may need. Not while one is under way: what is captured runs once."""
+        """Capture what a step may need, and give up what is of another bucket: a graph is 0.14 MB of the GPU
+        outside torch's, and layer by layer there are three a layer. Not while a step is under way: what is
+        captured runs once."""
         last = len(self._segments) - 1
         if at_once:
             self.whole(bucket)
@@ -108,6 +111,9 @@ class Steps:
         if rest or layer_by_layer:
             for ordinal in range(last):
                 self.late(ordinal)
+        if bucket != self.bucket:  # now that there are others: torch gives up a pool without any
+            self.bucket = bucket
+            self._graphs = {key: graph for key, graph in self._graphs.items() if key[1] in (0, bucket)}
 
     def whole(self, bucket: int) -> Graph:
         """The whole step, whose rows see at most `bucket` keys."""

@@ -115,7 +115,6 @@ class KVPool:
         makes others than `KVCache`s, such as a GPU's; they have its methods."""
         assert total_tokens >= context
         self.config, self.context, self.total_tokens = config, context, total_tokens
-        self.used_tokens = 0
         self.is_busy = False  # whether somebody decodes, who should not wait for a write
         self._store = store
         self._new_sequence = new_sequence or partial(KVCache, config, context)
@@ -124,6 +123,11 @@ class KVPool:
         self._counted: dict[KVCache, int] = {}
         self._kept: dict[KVCache, None] = {}  # the least recently used first
         self._idle: list[KVCache] = []  # reserved memory without pages
+
+    @property
+    def used_tokens(self) -> int:
+        """Of all sequences, in whole blocks."""
+        return sum(list(self._counted.values()))
 
     @property
     def kept(self) -> list[KVCache]:
@@ -146,7 +150,18 @@ class KVPool:
             return self._new()
         if self._writing is not None and best is self._writing.kv and length >= best.length - BLOCK:
             self._end_write()  # to be taken over
-        copy = self._new()
+        was_kept, copy = best in self._kept, self._new()
+        try:
+            return self._begin_like(best, copy, length, tokens)
+        except BaseException:  # no memory for a copy, or a Ctrl-C
+            if was_kept and best in self._counted:
+                self._kept.setdefault(best)
+            if copy in self._counted:
+                self.release(copy)
+            raise
+
+    def _begin_like(self, best: KVCache, copy: KVCache, length: int, tokens: list[int]) -> KVCache:
+        """The first `length` tokens of a sequence: in `copy`, or that sequence itself."""
         if best not in self._kept:
             if self.grow(copy, length):
                 copy.copy_from(best, length)
@@ -180,8 +195,7 @@ class KVPool:
             self.drop_oldest()
         if wanted > 0:
             self._counted[kv] += wanted
-            self.used_tokens += wanted
-            kv.claim(length)
+        kv.claim(length)  # always: a Ctrl-C may have come before it the last time
         return True
 
     def truncate(self, kv: KVCache, length: int) -> None:
@@ -191,7 +205,6 @@ class KVPool:
         if surplus > 0:
             kv.give_back(self._in_blocks(length))
             self._counted[kv] -= surplus
-            self.used_tokens -= surplus
 
     def keep(self, kv: KVCache) -> None:
         """Nobody runs it any more; a prompt may begin like it."""
@@ -212,14 +225,17 @@ class KVPool:
         del self._counted[kv]
         self._idle.append(kv)
 
-    def drop_oldest(self) -> None:
-        """Forget the kept sequence that was used least recently. The store gets it, unless others decode and
-        would wait for that."""
-        kv = next(iter(self._kept))
+    def drop_oldest(self) -> bool:
+        """Forget the kept sequence that was used least recently; False if there is none. The store gets it,
+        unless others decode and would wait for that."""
+        kv = next(iter(self._kept), None)
+        if kv is None:
+            return False
         if kv in self._unsaved and not self.is_busy:
             self._save(kv)
         self._unkeep(kv)
         self.release(kv)
+        return True
 
     def write_ahead(self) -> None:
         """While others decode: have a thread write what would be dropped soon, so that nobody waits for it

@@ -209,7 +209,14 @@ def _load_on_gpu(
     model: OpenedModel, plan: BudgetPlan, vram: "VramPlan", run: RunConfig, kernels: Context,
     probed: ProbeResult, progress: Progress | None,
 ) -> LoadedEngine:  # fmt: skip
-    from flashmoe.gpu_loader import allocating, build_decoder, limit_vram, pcie_mb_per_s, read_all
+    from flashmoe.gpu_loader import (
+        allocating,
+        build_decoder,
+        give_back,
+        limit_vram,
+        pcie_mb_per_s,
+        read_all,
+    )
 
     device = torch.device("cuda")
     limit_vram(vram)
@@ -227,6 +234,7 @@ def _load_on_gpu(
             rate = pcie_mb_per_s()
         except BaseException:
             decoder.experts.close()
+            give_back(decoder)
             raise
     return LoadedEngine(Engine(decoder), weights, decoder.experts, probed, dense_load_s, rate)
 

@@ -89,7 +89,7 @@ class ChunkPace:
 
     def chunk_ran(self, seconds: float, decoding: int, prompts: int) -> None:
         """Those that decode get so much time now that chunks have their share: what a step may be longer with
-        a prompt beside it, or, where more prompts wait than requests decode, as much as there are more."""
+        a prompt beside it, or the prompts' share of all, whichever is more."""
         share = max(1 - 1 / SLOWDOWN, prompts / (prompts + decoding))
         self._owed_s = seconds * (1 - share) / share
 

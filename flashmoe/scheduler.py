@@ -72,7 +72,7 @@ class Scheduler:
         self.decoder, self.kv_pool, self.tokenizer = decoder, kv_pool, tokenizer
         self.most_running, self.most_waiting = most_running, most_waiting
         self.after_step: Callable[[], None] | None = None  # called in the computing thread
-        self.totals, self.pace = Totals(), QueuePace()
+        self.totals, self.queue_pace = Totals(), QueuePace()
         self.step_began_s = self._step_ended_s = 0.0  # perf_counter, of the last step
         self._recorder = recorder
         self._lock = threading.RLock()  # of whoever computes
@@ -82,7 +82,7 @@ class Scheduler:
         self._running: list[Running] = []
         self._lane: PromptLane | None = None
         self._oldest_is_next = False
-        self._pace = ChunkPace()
+        self._chunk_pace = ChunkPace()
         self._submitted = 0
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -136,7 +136,7 @@ class Scheduler:
             if waiting >= self.most_waiting:
                 raise QueueFullError(
                     f"{waiting} requests wait already, which is the limit; try again later",
-                    self.pace.wait_s(waiting, len(self._running)),
+                    self.queue_pace.wait_s(waiting, len(self._running)),
                 )
 
     def submit(
@@ -313,7 +313,7 @@ class Scheduler:
             raise
         self._remove_waiting(waiting)
         with self._work:
-            self.pace.begins(waiting.request.number)
+            self.queue_pace.begins(waiting.request.number)
         if not waiting.has_run:
             waiting.recorder.starts()
             stats = waiting.request.stats
@@ -386,7 +386,7 @@ class Scheduler:
 
     def _note_end(self, request: GenerationRequest) -> None:
         with self._work:
-            self.pace.ends(request.number)
+            self.queue_pace.ends(request.number)
 
     # Computing
 
@@ -397,6 +397,7 @@ class Scheduler:
         decoding = [r for r in self._running if r.is_decoding]
         prompts = [r for r in self._running if not r.is_decoding and r not in in_lane]
         if not decoding:
+            self._chunk_pace = ChunkPace()
             if lane is not None and in_lane:
                 self._finish_lane(lane)
             elif prompts:
@@ -405,10 +406,10 @@ class Scheduler:
         together = decoding + self._short(prompts, MOST_STEP_TOKENS - len(decoding))
         prompts = [r for r in prompts if r not in together]
         if lane is None:
-            if prompts and self._pace.is_due:
+            if prompts and self._chunk_pace.is_due:
                 seconds = self._timed(self._next_chunk(prompts))
-                self._pace.chunk_ran(seconds, len(decoding), len(prompts))
-            self._pace.step_ran(self._timed(_pending(together)))
+                self._chunk_pace.chunk_ran(seconds, len(decoding), len(prompts))
+            self._chunk_pace.step_ran(self._timed(_pending(together)))
             return
         if prompts and not in_lane:
             lane.begin(next_tokens(prompts, PREFILL_CHUNK))

@@ -195,8 +195,9 @@ def _expert(slot, arena, stride, ram, ram_stride, first_in_ram, IN_RAM: tl.const
 
 
 # SHARED is P, or 0. Of the pairs of one expert the first one's programs then compute all, with weights that
-# they have read once: nothing keeps for others what comes over PCIe (64 pairs of 20 experts took 3.1 times
-# as long as 20 pairs of them), while the second-level cache keeps what comes from VRAM.
+# they have read once, as far as they hold a row's columns: nothing keeps for others what comes over PCIe (64
+# pairs of 20 experts took 3.1 times as long as 20 pairs of them), while the second-level cache keeps what
+# comes from VRAM.
 
 
 @triton.jit

@@ -441,7 +441,7 @@ def test_a_full_queue_says_when_those_that_wait_will_have_begun(one: Path) -> No
     """Whatever way they leave: done, or cancelled while they run or wait."""
     now_s = [0.0]
     bench = Bench(one, most_running=1, most_waiting=2)
-    bench.scheduler.pace = QueuePace(lambda: now_s[0])
+    bench.scheduler.queue_pace = QueuePace(lambda: now_s[0])
     first = bench.submit([5], 2)
     bench.scheduler.step()
     now_s[0] += 12
@@ -457,7 +457,8 @@ def test_a_full_queue_says_when_those_that_wait_will_have_begun(one: Path) -> No
     fourth.cancel()
     bench.run()
     assert second.is_finished and third.is_finished and fourth.is_finished
-    assert not bench.scheduler.pace._began and list(bench.scheduler.pace._took) == [12.0, 4.0, 0.0]
+    pace = bench.scheduler.queue_pace
+    assert not pace._began and list(pace._took) == [12.0, 4.0, 0.0]
     bench.close()
 
 

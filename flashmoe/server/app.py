@@ -37,7 +37,9 @@ from flashmoe.server.strict_json import StrictRequest, StrictRoute
 WEB = Path(__file__).parent.parent / "web"
 # The page's files belong together: after an upgrade a browser must not mix those of two versions.
 REVALIDATE = {"Cache-Control": "no-cache"}
-_EVENTS = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+# Of one event; what its data says as JSON is in OpenAI's reference.
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+_EVENTS = {"content": {"text/event-stream": {"schema": _EVENT}}}
 
 
 def create_app(
