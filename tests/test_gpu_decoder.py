@@ -19,7 +19,7 @@ from torch import Tensor
 from flashmoe.config import RunConfig
 from flashmoe.decoder import Stretch
 from flashmoe.engine import Engine
-from flashmoe.gpu_loader import build_decoder, read_all, slot_bytes
+from flashmoe.gpu_loader import build_decoder, read_all, slot_bytes, use_policy
 from flashmoe.loader import OpenedModel, load_engine, open_cache, open_model, plan_model
 from flashmoe.pack import PackOptions, pack
 from flashmoe.vram_budget import VramPlan
@@ -65,12 +65,12 @@ class Opened:
         experts = len(model.read_plans)
         slots = slots or experts
         plan = plan_model(model, run)
-        plan = replace(plan, slots=ram_slots or experts)
-        vram = VramPlan(
+        self.plan = plan = replace(plan, slots=ram_slots or experts)
+        self.vram = vram = VramPlan(
             budget_bytes=1 << 30, driver_bytes=0, dense_bytes=0, kv_cache_bytes=0, workspace_bytes=0,
             slot_bytes=slot_bytes(model.config, model.expert_format), slots=slots,
-            spare_slots=0 if slots == experts else 2, experts=experts, context=CONTEXT,
-            kv_tokens=conversations * CONTEXT, conversations=conversations,
+            spare_slots=0 if slots == experts else 2, experts=experts, context=plan.context,
+            kv_tokens=conversations * plan.context, conversations=conversations,
         )  # fmt: skip
         weights = load_dense(model.layout, device=DEVICE)
         ram = open_cache(model, plan, run, "buffered")
@@ -315,6 +315,24 @@ def test_nor_does_it_where_experts_are_read_in_place(
         assert torch.equal(first, packed_bf16.logits) and torch.equal(again, first)
         opened.decoder.settle()
         assert opened.cache.counters.in_place > 0
+
+
+@pytest.mark.parametrize(("reference", "slots"), [("mixtral", 0), ("packed_bf16", 10)])
+def test_another_policy_goes_on_with_graphs_of_its_own(
+    reference: str, slots: int, request: pytest.FixtureRequest
+) -> None:
+    """torch gives up a pool of graphs whose graphs are all gone: the first token after `use_policy` failed,
+    on a GPU. Of weights read in place the graphs before hold the RAM slots' address."""
+    folder, logits = request.getfixturevalue(reference)
+    with Opened(folder, slots) as opened:
+        opened.engine.prefill(TOKENS[:1])  # by a graph
+        opened.engine.reset()
+        opened.cache.close()
+        run, model = replace(RUN, policy="lfu"), opened.model
+        ram = open_cache(model, opened.plan, run, "buffered")
+        opened.cache = use_policy(opened.decoder, ram, model.expert_format, opened.vram, run)
+        assert torch.equal(logits_of(opened.engine, TOKENS[: PROMPT + 1]), logits[:2])
+        assert opened.cache.counters.hits > 0 and opened.cache.policy.name == "lfu"
 
 
 def test_a_closed_decoder_holds_nothing_of_the_gpus_whoever_holds_it(packed_bf16: Reference) -> None:

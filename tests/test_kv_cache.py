@@ -2,7 +2,7 @@
 
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -443,7 +443,11 @@ def test_whatever_happens_rows_are_those_of_their_tokens_and_the_count_is_right(
         assert memory.used_tokens == sum(memory._counted.values())
 
 
-def check_whatever_happens(data: st.DataObject, memory: KVPool) -> None:
+def check_whatever_happens(
+    data: st.DataObject, memory: KVPool, fill: Callable[[Any, list[int]], None] = fill,
+    holds: Callable[[Any, list[int]], bool] = holds, also: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
+    """`also` is checked after each step."""
     running: list[tuple[KVCache, list[int]]] = []
     for _ in range(data.draw(st.integers(1, 12))):
         memory.is_busy = data.draw(st.booleans())
@@ -455,6 +459,7 @@ def check_whatever_happens(data: st.DataObject, memory: KVPool) -> None:
         else:
             tokens = [data.draw(st.integers(0, 1))] * data.draw(st.integers(1, BLOCK))
             tokens += [data.draw(st.integers(0, 2))] * data.draw(st.integers(1, 2 * BLOCK))
+            del tokens[memory.context :]
             kv = memory.take(tokens)
             if memory.grow(kv, len(tokens)):
                 fill(kv, tokens[kv.length :])
@@ -466,3 +471,4 @@ def check_whatever_happens(data: st.DataObject, memory: KVPool) -> None:
         assert memory.used_tokens == sum(memory._counted.values()) <= memory.total_tokens
         for kv, counted in memory._counted.items():
             assert kv.length <= counted
+        also()
