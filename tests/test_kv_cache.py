@@ -144,6 +144,30 @@ def test_a_running_sequence_lends_its_beginning_too() -> None:
     assert other is not running and holds(other, [5] * 30)
 
 
+@pytest.mark.parametrize("is_running", [False, True])
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_copy_that_fails_costs_nothing(
+    error: type[BaseException], is_running: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, tokens = pool(), [5] * BLOCK + [1] * 2 * BLOCK
+    if is_running:
+        first = memory.take(tokens)
+        assert memory.grow(first, len(tokens))
+        fill(first, tokens)
+    else:
+        first = kept(memory, tokens)
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "copy_from", fail)
+        with pytest.raises(error):
+            memory.take([5] * BLOCK + [2] * 5)
+    assert memory.used_tokens == 3 * BLOCK and memory.kept == ([] if is_running else [first])
+    assert holds(first, tokens)
+
+
 def test_room_is_made_of_kept_sequences_the_least_recently_used_first() -> None:
     memory = KVPool(config(), CONTEXT, 4 * BLOCK)
     for first in range(4):

@@ -583,6 +583,27 @@ def test_a_decoder_of_whole_chunks_runs_them_when_the_others_have_had_their_time
     bench.close()
 
 
+def test_what_a_chunk_owes_ends_with_those_it_was_owed_to(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(one, slots=None, background=False)
+    whole = bench.scheduler.decoder = WholeChunks(bench.decoder)
+    monkeypatch.setattr("flashmoe.scheduler.PREFILL_CHUNK", 16)
+    clock = SimpleNamespace(perf_counter=lambda: whole.now_s, monotonic=time.monotonic)
+    monkeypatch.setattr("flashmoe.scheduler.time", clock)
+    early = bench.submit(prompt(1, 5), 3)
+    while not early.generated:
+        bench.scheduler.step()
+    bench.submit(prompt(2, 20), 1)  # owes eight steps, of which there are two
+    bench.run()
+    later = bench.submit(prompt(3, 5), 9)
+    while not later.generated:
+        bench.scheduler.step()
+    bench.submit(prompt(4, 10), 1)
+    bench.scheduler.step()
+    assert whole.passes[-2:] == [[10], [1]]
+    bench.run()
+    bench.close()
+
+
 def test_what_is_one_token_short_decodes_with_the_others(one: Path) -> None:
     bench = Bench(one, slots=None, background=False)
     bench.answer(prompt(1, 40), 1)
