@@ -169,15 +169,13 @@ class GpuDecoder:
         return logits
 
     @contextmanager
-    def _pass(self, batch: Sequence[Stretch], check: Callable[[], None] | None) -> Iterator[None]:
+    def _pass(self, batch: Sequence[Stretch]) -> Iterator[None]:
         """What a chunk and a step have around them."""
         token_ids = [token for stretch in batch for token in stretch.tokens]
         for kv_cache, tokens in batch:
             length = kv_cache.length + len(tokens)
             assert length <= kv_cache.context, "more tokens than the context holds"
             assert length <= BLOCK * len(kv_cache.pages), "keys and values would be another sequence's"
-        if check is not None:
-            check()
         watchers = [w for w in (self.observer, self.prefetcher) if w is not None]
         for watcher in watchers:
             watcher.forward_begins(token_ids)
@@ -261,8 +259,10 @@ class GpuDecoder:
 
     def _step(self, batch: Sequence[Stretch], check: Callable[[], None] | None) -> Tensor:
         """-> logits [B, V], valid until the next step."""
+        if check is not None:
+            check()
         steps = self._steps_of(len(batch))
-        with self._pass(batch, check):
+        with self._pass(batch):
             longest = max(kv_cache.length for kv_cache, _ in batch) + 1
             bucket = max(steps.bucket, bucket_for(longest, self.kv_cache.context))
             self._run_step(steps, bucket, batch)
@@ -460,7 +460,7 @@ class GpuDecoder:
 
     def _chunk(self, stretch: Stretch, all_logits: bool, check: Callable[[], None] | None) -> Tensor:
         """-> logits [V] of the last token, or of all: [T, V]"""
-        with self._pass([stretch], check):
+        with self._pass([stretch]):
             self._report()
             return self._run_chunk(stretch, all_logits, check)
 
